@@ -1,0 +1,298 @@
+"""The only door to the bus: every setpoint that a driver may send is made here.
+
+Pure functions of (last setpoint and velocity, wanted, measured, elapsed time), so that each rule can
+be tested for any sequence of inputs. Where a violation has a safe nearest setpoint it is clamped
+(position, velocity, acceleration); where it has none the arm holds, which means that it brakes as
+hard as allowed and then stays. On doubt the arm holds. Every change is named in the setpoint's events
+and counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import InitVar, dataclass
+from enum import Enum
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from simplevla.embodiment import Embodiment
+from simplevla.errors import SimplevlaError
+
+Vector = NDArray[np.float64]
+
+_DOOR = object()
+_SAME = 1e-12  # rad or m: rounding, snapped away so that an allowed setpoint is passed on bit by bit
+_EVENT = 1e-6  # rad or m: float32 targets may lie this far outside a limit without being an event
+
+
+class LimitsError(SimplevlaError):
+    """The arms stand where no setpoint is allowed."""
+
+    code = "outside_limits"
+
+
+class Cause(str, Enum):
+    """Why a setpoint is not what was wanted."""
+
+    SHAPE = "shape"
+    NOT_FINITE = "not_finite"
+    TIMING = "timing"
+    FEEDBACK = "feedback"
+    TRACKING = "tracking"
+    POSITION = "position"
+    VELOCITY = "velocity"
+    ACCELERATION = "acceleration"
+    TABLE = "table"
+    ARMS = "arms"
+
+
+@dataclass(frozen=True)
+class LimitEvent:
+    """One cause acting on one joint; ``joint`` is empty where a cause concerns the whole vector."""
+
+    cause: Cause
+    joint: str = ""
+
+
+@dataclass(frozen=True)
+class SafeSetpoint:
+    """A setpoint that passed the limits. Only :class:`Limiter` can make one.
+
+    Attributes:
+        positions: (D,) float64, read-only, in the embodiment's order; rad and m.
+        events: what was changed, and why; empty where the wanted setpoint passed as it was.
+    """
+
+    positions: Vector
+    events: tuple[LimitEvent, ...] = ()
+    door: InitVar[object] = None
+
+    def __post_init__(self, door: object) -> None:
+        if door is not _DOOR:
+            raise TypeError("a SafeSetpoint is made by Limiter.admit alone")
+        self.positions.setflags(write=False)
+
+
+class Clearance(Protocol):
+    """Judges poses by what the arms could hit."""
+
+    def unsafe(self, stop: Vector, now: Vector) -> list[tuple[Cause, slice]]:
+        """Return the part of the vector that must hold, by cause, if the arms would stop at ``stop``.
+
+        Args:
+            stop: (D,) where the arms would come to rest.
+            now: (D,) the last setpoint; a pose that is too close already may be left, not deepened.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """Bounds that are about trust in the feedback, not about the embodiment.
+
+    Attributes:
+        tracking_rad: a setpoint may lead the measured joint by this much; an arm that is blocked
+            further is not pushed on. Grippers are free: they are blocked whenever they hold a thing.
+        start_rad, start_m: how far outside its limits a joint may stand when the arms start.
+        longest_s: elapsed time that one setpoint may cover; a longer stall is caught up, not jumped.
+    """
+
+    tracking_rad: float = 0.5
+    start_rad: float = 0.1
+    start_m: float = 0.005
+    longest_s: float = 0.02
+
+
+class Limiter:
+    """Turns what is wanted into what is safe, one tick after another.
+
+    Guarantees, for any sequence of inputs: every setpoint is finite and within the position limits;
+    from one to the next neither the velocity nor the acceleration limit is exceeded, so that the arms
+    can always brake before a position limit. A trajectory that respects the limits passes unchanged.
+    """
+
+    def __init__(
+        self,
+        embodiment: Embodiment,
+        clearance: Clearance | None = None,
+        tolerances: Tolerances | None = None,
+    ) -> None:
+        self.counts: Counter[Cause] = Counter()  # setpoints that each cause has changed
+        self._names = embodiment.names()
+        self._lower, self._upper = embodiment.position_limits()
+        self._max_velocity = embodiment.velocity_limits()
+        self._max_acceleration = embodiment.acceleration_limits()
+        self._is_gripper = np.zeros(len(self._names), dtype=bool)
+        for _, part in embodiment.slices():
+            self._is_gripper[part.stop - 1] = True
+        self._clearance = clearance
+        self._tolerances = tolerances or Tolerances()
+        self._start_slack = np.where(self._is_gripper, self._tolerances.start_m, self._tolerances.start_rad)
+        self._position: Vector | None = None
+        self._velocity = np.zeros(len(self._names))
+        self._last_wanted = np.zeros(len(self._names))
+
+    @property
+    def position(self) -> Vector | None:
+        """The last setpoint (D,), None before the first."""
+        return self._position
+
+    def reset(self, measured: ArrayLike) -> SafeSetpoint:
+        """Start, at rest, from the measured pose (D,) and return it as the first setpoint.
+
+        Raises:
+            LimitsError: the pose is unknown, or a joint stands well outside its limits.
+        """
+        pose = np.asarray(measured, dtype=np.float64)
+        if pose.shape != self._lower.shape or not np.isfinite(pose).all():
+            raise LimitsError("the measured pose is not known", "check that every arm sends feedback")
+        start = np.clip(pose, self._lower, self._upper)
+        far = np.flatnonzero(np.abs(start - pose) > self._start_slack)
+        if far.size:
+            places = ", ".join(
+                f"{self._names[i]} at {pose[i]:.3f} (limits {self._lower[i]:.3f} to {self._upper[i]:.3f})"
+                for i in far
+            )
+            raise LimitsError(
+                f"outside its position limits: {places}", "move the arm by hand, then enable it again"
+            )
+        self._position = start
+        self._velocity = np.zeros_like(start)
+        self._last_wanted = start
+        return SafeSetpoint(start.copy(), (), _DOOR)
+
+    def admit(self, wanted: ArrayLike, measured: ArrayLike, dt_s: float) -> SafeSetpoint:
+        """Return the safe setpoint nearest to ``wanted`` that can follow the last one after ``dt_s``.
+
+        The first call starts from the measured pose, whatever is wanted (see :meth:`reset`).
+
+        Args:
+            wanted: (D,) where the policy wants the joints now; rad and m. May be anything.
+            measured: (D,) measured positions; rad and m.
+            dt_s: time since the last setpoint, s.
+
+        Raises:
+            LimitsError: on the first call, if the arms stand outside their limits.
+        """
+        if self._position is None:
+            return self.reset(measured)
+        if not (np.isfinite(dt_s) and dt_s > 0):
+            return self._issue(self._position, self._velocity, [LimitEvent(Cause.TIMING)])
+        dt = min(float(dt_s), self._tolerances.longest_s)
+        brake = self._brake(dt)
+        target, doubt = self._readable(wanted)
+        feedback = np.asarray(measured, dtype=np.float64)
+        if feedback.shape != self._lower.shape or not np.isfinite(feedback).all():
+            doubt.append(LimitEvent(Cause.FEEDBACK))
+        if doubt:
+            return self._hold(brake, dt, doubt)
+        velocity, events = self._towards(target, dt)
+        self._hold_blocked(velocity, brake, feedback, events)
+        self._hold_unsafe(velocity, brake, dt, events)
+        position = self._advance(velocity, dt)
+        inside = np.clip(target, self._lower, self._upper)
+        position = np.where(np.abs(position - inside) < _SAME, inside, position)
+        setpoint = self._issue(position, (position - self._position) / dt, events)
+        self._last_wanted = target
+        return setpoint
+
+    def _readable(self, wanted: ArrayLike) -> tuple[Vector, list[LimitEvent]]:
+        """Return ``wanted`` as a vector, and why it cannot be followed, if it cannot."""
+        try:
+            target = np.asarray(wanted, dtype=np.float64)
+        except (TypeError, ValueError):
+            return self._lower, [LimitEvent(Cause.SHAPE)]
+        if target.shape != self._lower.shape:
+            return target, [LimitEvent(Cause.SHAPE)]
+        bad = np.flatnonzero(~np.isfinite(target))
+        return target, [LimitEvent(Cause.NOT_FINITE, self._names[i]) for i in bad]
+
+    def _towards(self, wanted: Vector, dt: float) -> tuple[Vector, list[LimitEvent]]:
+        """Return the velocity (D,) with which to approach ``wanted``, and what limited it.
+
+        The error is closed relative to the moving target, no faster than the acceleration limit can
+        brake again, so a step is approached without overshoot and a moving target without lag. A
+        joint that covers d while braking from v with a satisfies v dt + v^2 / (2 a) <= d, whence
+        v <= a (sqrt(dt^2 + 2 d / a) - dt); the same bound towards a position limit keeps it
+        reachable without crossing it, tick after tick.
+        """
+        assert self._position is not None
+        limit, a = self._max_velocity, self._max_acceleration
+        target = np.clip(wanted, self._lower, self._upper)
+        moving = (target - np.clip(self._last_wanted, self._lower, self._upper)) / dt
+        jumped = np.abs(moving) > limit * (1 + 1e-9)
+        moving = np.where(jumped, 0.0, moving)
+        error = target - moving * dt - self._position
+        ideal = moving + np.sign(error) * _stoppable(np.abs(error), a, dt)
+        velocity = np.clip(ideal, -limit, limit)
+        velocity = np.clip(velocity, self._velocity - a * dt, self._velocity + a * dt)
+        bounded = np.clip(
+            velocity,
+            -_stoppable(self._position - self._lower, a, dt),
+            _stoppable(self._upper - self._position, a, dt),
+        )
+        reached = self._position + bounded * dt
+        late = np.abs(reached - target) > _EVENT
+        too_far = (np.abs(target - wanted) > _EVENT) | (late & (np.abs(bounded - velocity) * dt > _EVENT))
+        too_fast = late & ~too_far & (jumped | (np.abs(ideal) > limit * (1 + 1e-9)))
+        too_hard = late & ~too_far & ~too_fast
+        events: list[LimitEvent] = []
+        if late.any() or too_far.any():
+            for cause, mask in (
+                (Cause.POSITION, too_far),
+                (Cause.VELOCITY, too_fast),
+                (Cause.ACCELERATION, too_hard),
+            ):
+                events += [LimitEvent(cause, self._names[i]) for i in np.flatnonzero(mask)]
+        return bounded, events
+
+    def _hold_blocked(
+        self, velocity: Vector, brake: Vector, measured: Vector, events: list[LimitEvent]
+    ) -> None:
+        """Hold joints whose setpoint leads the measured position too far and would lead it further."""
+        assert self._position is not None
+        lead = self._position - measured
+        blocked = (np.abs(lead) > self._tolerances.tracking_rad) & (lead * velocity > 0) & ~self._is_gripper
+        if blocked.any():
+            velocity[blocked] = brake[blocked]
+            events += [LimitEvent(Cause.TRACKING, self._names[i]) for i in np.flatnonzero(blocked)]
+
+    def _hold_unsafe(self, velocity: Vector, brake: Vector, dt: float, events: list[LimitEvent]) -> None:
+        """Brake what would otherwise come to rest too close to the table or to the other arm."""
+        if self._clearance is None:
+            return
+        assert self._position is not None
+        for cause, part in self._clearance.unsafe(self._rest(velocity, dt), self._position):
+            velocity[part] = brake[part]
+            events.append(LimitEvent(cause, "" if part == slice(None) else self._names[part.start]))
+
+    def _rest(self, velocity: Vector, dt: float) -> Vector:
+        """Return where the joints come to rest if they move on with ``velocity`` and then brake."""
+        distance = velocity * np.abs(velocity) / (2 * self._max_acceleration)
+        return np.clip(self._advance(velocity, dt) + distance, self._lower, self._upper)
+
+    def _advance(self, velocity: Vector, dt: float) -> Vector:
+        assert self._position is not None
+        return np.clip(self._position + velocity * dt, self._lower, self._upper)
+
+    def _brake(self, dt: float) -> Vector:
+        step = self._max_acceleration * dt
+        return self._velocity - np.clip(self._velocity, -step, step)
+
+    def _hold(self, brake: Vector, dt: float, events: list[LimitEvent]) -> SafeSetpoint:
+        assert self._position is not None
+        position = self._advance(brake, dt)
+        self._last_wanted = position
+        return self._issue(position, (position - self._position) / dt, events)
+
+    def _issue(self, position: Vector, velocity: Vector, events: list[LimitEvent]) -> SafeSetpoint:
+        self._position, self._velocity = position, velocity
+        self.counts.update({event.cause for event in events})
+        return SafeSetpoint(position.copy(), tuple(events), _DOOR)
+
+
+def _stoppable(distance: Vector, acceleration: Vector, dt: float) -> Vector:
+    """Return the largest speed of one tick of ``dt`` after which braking ends within ``distance``."""
+    return acceleration * (np.sqrt(dt**2 + 2 * np.maximum(distance, 0.0) / acceleration) - dt)
