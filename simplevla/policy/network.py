@@ -1,0 +1,412 @@
+"""The network: image encoders, a projector and a Llama decoder that fills all action slots at once.
+
+OpenVLA-OFT's shape (Kim et al. 2025) in its discrete-token form, assembled from transformers
+classes. The sequence is ``[BOS] + visual tokens + [proprioception] + prompt + K * D placeholders +
+[EOS]``, attention is bidirectional over all that is not padding, and the logits of slot i are read
+one position before it (the next-token shift is kept).
+
+Preprocessing is a part of the graph: raw uint8 frames and raw proprioception go in.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    LlamaConfig,
+    LlamaModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from simplevla.action_codec import BINS
+from simplevla.bundle import Bundle
+from simplevla.config import build
+from simplevla.errors import BundleError, ConfigError
+from simplevla.policy.config import (
+    NetworkConfig,
+    ResidualEncoder,
+    VisionTransformer,
+    encoder_grid,
+    network_config,
+)
+
+_REGISTERS = 4
+# OpenVLA's statistics of the two encoders; a convolutional one takes the symmetric pair.
+_DINOV2_MEAN, _DINOV2_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)
+_SYMMETRIC_MEAN, _SYMMETRIC_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+_EPSILON = 1e-8
+
+
+class VLAConfig(PretrainedConfig):
+    """A :class:`NetworkConfig` in the form that transformers and trainers built on it expect."""
+
+    model_type = "simplevla"
+
+    def __init__(self, network: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.network = network
+
+
+class VLANetwork(PreTrainedModel):
+    """Frames, prompt and proprioception in, the logits of every action slot out.
+
+    Attributes:
+        proprio_low, proprio_high: (P,) range that proprioception is normalised with.
+    """
+
+    config_class = VLAConfig
+    main_input_name = "frames"
+    proprio_low: Tensor
+    proprio_high: Tensor
+
+    def __init__(self, config: VLAConfig) -> None:
+        super().__init__(config)
+        self.network = build(config.network, NetworkConfig, source="network")
+        sizes, hidden = self.network.sizes, self.network.sizes.decoder.hidden
+        self.resample = Resample(
+            (self.network.frame_height, self.network.frame_width),
+            (sizes.image_height, sizes.image_width),
+            sizes.crop_area,
+        )
+        self.encoders = nn.ModuleList(
+            [_encoder(encoder, sizes.image_height, sizes.image_width) for encoder in sizes.encoders]
+        )
+        features = sum(encoder.features for encoder in sizes.encoders)
+        if sizes.visual_tokens:
+            grid = encoder_grid(sizes.encoders[0], sizes.image_height, sizes.image_width)
+            self.pool: AttentionPools | None = AttentionPools(features, sizes.visual_tokens, grid)
+            features += 2
+        else:
+            self.pool = None
+        self.projector = Projector(features, hidden)
+        self.proprio_projector = ProprioProjector(self.network.proprio, hidden)
+        self.register_buffer("proprio_low", torch.full((self.network.proprio,), -1.0))
+        self.register_buffer("proprio_high", torch.full((self.network.proprio,), 1.0))
+        self.decoder = LlamaModel(
+            LlamaConfig(
+                vocab_size=sizes.vocabulary,
+                hidden_size=hidden,
+                intermediate_size=sizes.decoder.mlp,
+                num_hidden_layers=sizes.decoder.layers,
+                num_attention_heads=sizes.decoder.heads,
+                use_cache=False,
+                attn_implementation="sdpa",
+            )
+        )
+        self.slots = (
+            nn.Parameter(0.02 * torch.randn(self.network.slots, hidden))
+            if sizes.head.slot_embeddings
+            else None
+        )
+        self.head: nn.Linear | SmoothHead = (
+            SmoothHead(hidden, sizes.head.centres) if sizes.head.centres else nn.Linear(hidden, BINS, bias=False)
+        )
+        self.post_init()
+
+    def forward(self, frames: Tensor, input_ids: Tensor, attention_mask: Tensor, proprio: Tensor) -> Tensor:
+        """Return (B, K * D, 256) float32 logits.
+
+        Args:
+            frames: (B, n_cameras, H, W, 3) uint8 RGB.
+            input_ids: (B, L) int64: the start token, then padding, then the prompt up to the end.
+            attention_mask: (B, L) int64, 1 where ``input_ids`` is no padding.
+            proprio: (B, P) float32, raw.
+        """
+        return self.act(self.resample(frames), input_ids, attention_mask, proprio)
+
+    def act(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, proprio: Tensor) -> Tensor:
+        """Return :meth:`forward`'s logits for images that were resampled before.
+
+        Args:
+            images: (B, n_cameras, 3, image_height, image_width) float32 in 0..1.
+        """
+        return self.decode(self.visual_tokens(images), input_ids, attention_mask, proprio)
+
+    def visual_tokens(self, images: Tensor) -> Tensor:
+        """Return (B, n_cameras * tokens, features) of resampled images, before the projector."""
+        batch, cameras = images.shape[:2]
+        flat = images.flatten(0, 1)
+        patches = torch.cat([encoder(flat) for encoder in self.encoders], dim=-1)
+        tokens = patches if self.pool is None else self.pool(patches)
+        return tokens.reshape(batch, cameras * tokens.shape[1], tokens.shape[2])
+
+    def decode(self, tokens: Tensor, input_ids: Tensor, attention_mask: Tensor, proprio: Tensor) -> Tensor:
+        """Return the logits, given :meth:`visual_tokens`."""
+        batch = proprio.shape[0]
+        visual = self.projector(tokens)
+        unit = 2 * (proprio - self.proprio_low) / (self.proprio_high - self.proprio_low + _EPSILON) - 1
+        body = self.proprio_projector(unit.clamp(-1, 1))[:, None]
+        text = self.decoder.embed_tokens(input_ids)
+        if self.slots is None:
+            slots = torch.zeros(
+                batch, self.network.slots, text.shape[-1], dtype=text.dtype, device=text.device
+            )
+        else:
+            slots = self.slots[None].expand(batch, -1, -1)
+        # Llama's end token has id 2, as in the tokenizers that this project writes.
+        end = self.decoder.embed_tokens(torch.full_like(input_ids[:, :1], 2))
+        sequence = torch.cat([text[:, :1], visual, body, text[:, 1:], slots, end], dim=1)
+        extra = visual.shape[1] + 1
+        valid = torch.cat(
+            [
+                attention_mask[:, :1],
+                torch.ones_like(attention_mask[:, :1]).expand(-1, extra),
+                attention_mask[:, 1:],
+                torch.ones_like(attention_mask[:, :1]).expand(-1, self.network.slots + 1),
+            ],
+            dim=1,
+        )
+        hidden = self.decoder(
+            inputs_embeds=sequence,
+            attention_mask=_additive_mask(valid, sequence.dtype),
+            # Padding takes no position, so that its amount changes nothing.
+            position_ids=(valid.cumsum(dim=1) - 1).clamp(min=0),
+            use_cache=False,
+        ).last_hidden_state
+        first = extra + input_ids.shape[1] - 1
+        logits: Tensor = self.head(hidden[:, first : first + self.network.slots])
+        return logits.float()
+
+    def set_proprio_range(self, low: NDArray[np.float64], high: NDArray[np.float64]) -> None:
+        """Set the (P,) range of proprioception."""
+        self.proprio_low.copy_(torch.as_tensor(low, dtype=torch.float32))
+        self.proprio_high.copy_(torch.as_tensor(high, dtype=torch.float32))
+
+    def fold(self) -> VLANetwork:
+        """Return a network of equal outputs whose head is one plain linear layer, for export."""
+        folded = copy.deepcopy(self)
+        if isinstance(folded.head, SmoothHead):
+            folded.head = folded.head.fold()
+        return folded
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave every weight as its own class drew it: the parts are initialised where they are made."""
+
+
+class Resample(nn.Module):
+    """Centred crop and antialiased bilinear resize, as two matrix products.
+
+    Equal to cropping and ``torch.nn.functional.interpolate(..., mode="bilinear", antialias=True)``,
+    but every back end can compile it, and the crop need not fall on whole pixels.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, source: tuple[int, int], target: tuple[int, int], crop_area: float) -> None:
+        super().__init__()
+        side = math.sqrt(crop_area)
+        rows = resize_matrix(source[0], target[0], side)
+        columns = resize_matrix(source[1], target[1], side)
+        self.register_buffer("rows", torch.from_numpy(rows).float(), persistent=False)
+        self.register_buffer("columns", torch.from_numpy(columns.T.copy()).float(), persistent=False)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Return (..., 3, h, w) float32 in 0..1 of ``frames`` (..., H, W, 3) uint8."""
+        image = frames.to(self.rows.dtype).movedim(-1, -3)
+        return (self.rows @ (image @ self.columns)) * (1 / 255)
+
+
+def resize_matrix(source: int, target: int, side: float) -> NDArray[np.float64]:
+    """Return the (target, source) weights of an antialiased linear resize of the centred part.
+
+    Args:
+        side: fraction of the source's length that is kept.
+    """
+    scale = source * side / target
+    centres = source * (1 - side) / 2 + (np.arange(target) + 0.5) * scale
+    reach = max(scale, 1.0)
+    distance = np.abs(np.arange(source)[None] + 0.5 - centres[:, None]) / reach
+    weights = np.clip(1 - distance, 0, None)
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+
+class AttentionPools(nn.Module):
+    """Learned pools, each of which attends to cells of the image by their content.
+
+    A pool's token is the attended features and the attended position: a pool that has learned to
+    look at an object says where it is, to a fraction of a cell.
+    """
+
+    grid: Tensor
+
+    def __init__(self, features: int, pools: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.scores = nn.Linear(features, pools)
+        self.sharpness = nn.Parameter(torch.ones(pools))
+        y, x = torch.meshgrid(
+            torch.linspace(-1, 1, grid[0]), torch.linspace(-1, 1, grid[1]), indexing="ij"
+        )
+        self.register_buffer("grid", torch.stack([x.flatten(), y.flatten()], -1), persistent=False)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Return (B, pools, features + 2) of ``patches`` (B, cells, features)."""
+        attention = (self.scores(patches) * self.sharpness).transpose(1, 2).softmax(dim=-1)
+        return torch.cat([attention @ patches, attention @ self.grid], dim=-1)
+
+
+class Projector(nn.Module):
+    """From visual features to the decoder's width: OpenVLA's three layers."""
+
+    def __init__(self, features: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(features, 4 * features)
+        self.fc2 = nn.Linear(4 * features, hidden)
+        self.fc3 = nn.Linear(hidden, hidden)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return (..., hidden) of ``tokens`` (..., features)."""
+        wide = functional.gelu(self.fc1(tokens))
+        out: Tensor = self.fc3(functional.gelu(self.fc2(wide)))
+        return out
+
+
+class ProprioProjector(nn.Module):
+    """From normalised proprioception to one token: OpenVLA-OFT's two layers."""
+
+    def __init__(self, proprio: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(proprio, hidden)
+        self.fc2 = nn.Linear(hidden, hidden)
+
+    def forward(self, proprio: Tensor) -> Tensor:
+        """Return (B, hidden) of ``proprio`` (B, P)."""
+        out: Tensor = self.fc2(functional.gelu(self.fc1(proprio)))
+        return out
+
+
+class SmoothHead(nn.Module):
+    """Logits that are a learned combination of fixed bumps over the bins, hence smooth over them."""
+
+    basis: Tensor
+
+    def __init__(self, hidden: int, centres: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden, centres)
+        at = torch.linspace(0, BINS - 1, centres)
+        width = (BINS - 1) / max(centres - 1, 1)
+        bumps = torch.exp(-0.5 * ((torch.arange(BINS)[:, None] - at) / width) ** 2)
+        self.register_buffer("basis", bumps, persistent=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return (..., 256) of ``hidden`` (..., hidden)."""
+        weights: Tensor = self.linear(hidden)
+        return weights @ self.basis.T
+
+    def fold(self) -> nn.Linear:
+        """Return the plain linear layer of equal outputs."""
+        plain = nn.Linear(self.linear.in_features, BINS)
+        with torch.no_grad():
+            plain.weight.copy_(self.basis @ self.linear.weight)
+            plain.bias.copy_(self.basis @ self.linear.bias)
+        return plain
+
+
+def make_network(config: NetworkConfig) -> VLANetwork:
+    """Return a network with fresh weights from torch's generator."""
+    return VLANetwork(VLAConfig(network=msgspec.to_builtins(config)))
+
+
+def load_network(bundle: Bundle) -> VLANetwork:
+    """Return a bundle's network in eval mode.
+
+    Raises:
+        BundleError: its weights do not fit its configuration, or its statistics contradict the manifest.
+    """
+    remedy = "train the bundle again"
+    try:
+        config = network_config(bundle.manifest.network, source=f"{bundle.path}: network")
+        network = make_network(config)
+        network.load_state_dict({k: torch.from_numpy(v) for k, v in bundle.weights().items()})
+    except (ConfigError, RuntimeError) as error:
+        raise BundleError(f"{bundle.path}: {str(error).splitlines()[0]}", remedy) from error
+    for name in ("proprio_low", "proprio_high"):
+        said = torch.tensor(getattr(bundle.manifest, name), dtype=torch.float32)
+        held = getattr(network, name)
+        if said.shape != held.shape or not torch.allclose(said, held):
+            raise BundleError(f"{bundle.path}: {name} differs between manifest and weights", remedy)
+    return network.eval()
+
+
+def weights_of(network: VLANetwork) -> dict[str, NDArray[Any]]:
+    """Return the tensors that a bundle stores."""
+    return {k: v.detach().cpu().contiguous().numpy() for k, v in network.state_dict().items()}
+
+
+class _Encoder(nn.Module):
+    """Normalises an image, runs an encoder and returns its patches."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, model: PreTrainedModel, prefix: int, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.prefix = prefix
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return (B, cells, features) of ``images`` (B, 3, h, w) in 0..1."""
+        features: Tensor = self.model((images - self.mean) / self.std).last_hidden_state
+        if features.ndim == 4:
+            return features.flatten(2).transpose(1, 2)
+        return features[:, self.prefix :]
+
+
+def _encoder(config: VisionTransformer | ResidualEncoder, height: int, width: int) -> _Encoder:
+    if isinstance(config, ResidualEncoder):
+        residual = ResNetModel(
+            ResNetConfig(
+                embedding_size=config.stem,
+                hidden_sizes=list(config.stages),
+                depths=[config.depth] * len(config.stages),
+                layer_type="basic",
+            )
+        )
+        return _Encoder(residual, 0, _SYMMETRIC_MEAN, _SYMMETRIC_STD)
+    common = {
+        "hidden_size": config.hidden,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "patch_size": config.patch,
+        "image_size": (height, width) if height != width else height,
+    }
+    if config.kind == "siglip":
+        siglip = SiglipVisionModel(
+            SiglipVisionConfig(
+                **common, intermediate_size=config.mlp, hidden_act="gelu", vision_use_head=False
+            )
+        )
+        siglip.post_layernorm = nn.Identity()
+        return _Encoder(siglip, 0, _SYMMETRIC_MEAN, _SYMMETRIC_STD)
+    if config.mlp % config.hidden:
+        raise ConfigError("dinov2: mlp must be a multiple of hidden", "correct the network's file")
+    dinov2 = Dinov2WithRegistersModel(
+        Dinov2WithRegistersConfig(**common, mlp_ratio=config.mlp // config.hidden, num_register_tokens=_REGISTERS)
+    )
+    dinov2.layernorm = nn.Identity()
+    return _Encoder(dinov2, 1 + _REGISTERS, _DINOV2_MEAN, _DINOV2_STD)
+
+
+def _additive_mask(valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return (B, 1, S, S): 0 where a key may be attended to, the lowest number where it is padding."""
+    keys = (1 - valid[:, None, None, :].to(dtype)) * torch.finfo(dtype).min
+    return keys.expand(-1, 1, valid.shape[1], -1)
