@@ -1,0 +1,381 @@
+"""Serial kinematics of one arm, read from its URDF: forward, Jacobian, inverse.
+
+Poses are (4, 4) homogeneous transforms of the tool link in the frame of the URDF's root link, m;
+joint vectors are (n,), rad (m for a prismatic joint), in the order from the root to the tool.
+"""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.spatial.transform import Rotation
+
+from simplevla.embodiment import Arm
+from simplevla.errors import KinematicsError
+from simplevla.files import share_dir
+
+Array = NDArray[np.float64]
+
+POSITION_TOLERANCE_M = 1e-4
+ROTATION_TOLERANCE_RAD = float(np.deg2rad(0.1))
+_CONVERGED = 1e-9  # weighted error (m) below which another iteration changes nothing that matters
+_ITERATIONS = 60
+_RESTARTS = 24
+_MAX_STEP = 0.5  # rad or m; larger steps would jump to another posture
+_STALLED = 1e-5  # relative gain below which an accepted step ends the search
+_DAMPING = (1e-5, 1e-9, 1e2)  # first, smallest and largest Levenberg-Marquardt damping, m2
+_ROTATION_WEIGHT_M = 0.2  # how many metres of position error one radian of rotation counts as
+_POSITION_FIRST_WEIGHT_M = 0.01  # the same where position comes first: 0.5 rad shift it by ~0.1 mm
+
+
+def arm_chain(arm: Arm) -> Chain:
+    """Return the chain of ``arm`` from its base to its tool link; read once and kept.
+
+    Raises:
+        KinematicsError: the URDF is missing or broken, or its joints are not the arm's.
+    """
+    chain = _shipped_chain(arm.urdf, arm.tool_link)
+    names = tuple(joint.name for joint in arm.joints)
+    if chain.joint_names != names:
+        raise KinematicsError(
+            f"arm {arm.name} has the joints {', '.join(names)}, "
+            f"but {arm.urdf} leads to {arm.tool_link} over {', '.join(chain.joint_names)}",
+            "name the joints as the URDF does, in the order from the base to the tool",
+        )
+    return chain
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """A serial chain of n moving joints, ready to be evaluated.
+
+    The transform of joint i and all fixed ones before it is ``constant[i] + f sine[i] + g cosine[i]``
+    with f, g = sin q, cos q of a revolute joint (Rodrigues' formula) and q, 0 of a prismatic one, so
+    that nothing is multiplied at run time that does not depend on q.
+
+    Attributes:
+        joint_names: names of the n joints from the root to the tool.
+        constant, sine, cosine: (n, 4, 4).
+        axes: (n, 3) joint axes in the frames that the transforms lead to.
+        prismatic: (n,) whether a joint slides.
+        tail: (4, 4) fixed transform from the last joint to the tool.
+    """
+
+    joint_names: tuple[str, ...]
+    constant: Array
+    sine: Array
+    cosine: Array
+    axes: Array
+    prismatic: NDArray[np.bool_]
+    tail: Array
+
+    @classmethod
+    def from_urdf(cls, path: Path, tool_link: str) -> Chain:
+        """Return the chain from the root link of the URDF at ``path`` to ``tool_link``.
+
+        Raises:
+            KinematicsError: the file is missing or no URDF, or no chain of revolute, continuous,
+                prismatic and fixed joints leads to the link.
+        """
+        try:
+            root = ET.fromstring(path.read_bytes())  # noqa: S314 (our own shipped files)
+        except OSError as error:
+            raise KinematicsError(f"{path} cannot be read: {error.strerror}", "check the path") from error
+        except ET.ParseError as error:
+            raise KinematicsError(f"{path} is not XML: {error}", "correct the file") from error
+        try:
+            return cls._from_joints(_joints_to(root, tool_link))
+        except (KeyError, ValueError, AttributeError) as error:
+            raise KinematicsError(f"{path}, link {tool_link!r}: {error}", "correct the URDF") from error
+
+    @classmethod
+    def _from_joints(cls, joints: list[ET.Element]) -> Chain:
+        names, constant, sine, cosine, axes, prismatic = [], [], [], [], [], []
+        fixed = np.eye(4)
+        for joint in joints:
+            fixed = fixed @ _origin(joint)
+            kind = joint.attrib["type"]
+            if kind == "fixed":
+                continue
+            if kind not in ("revolute", "continuous", "prismatic"):
+                raise ValueError(f"joint {joint.attrib['name']!r} is {kind}, which no chain can hold")
+            axis = _unit_axis(joint)
+            parts = _prismatic_parts(axis) if kind == "prismatic" else _revolute_parts(axis)
+            for store, part in zip((constant, sine, cosine), parts, strict=True):
+                store.append(fixed @ part)
+            names.append(joint.attrib["name"])
+            axes.append(axis)
+            prismatic.append(kind == "prismatic")
+            fixed = np.eye(4)
+        if not names:
+            raise ValueError("no moving joint leads to it")
+        return cls(
+            tuple(names),
+            np.array(constant),
+            np.array(sine),
+            np.array(cosine),
+            np.array(axes),
+            np.array(prismatic),
+            fixed,
+        )
+
+    def forward(self, q: ArrayLike) -> Array:
+        """Return the (4, 4) pose of the tool at joint positions ``q`` (n,)."""
+        pose = np.eye(4)
+        for transform in self._transforms(np.asarray(q, dtype=np.float64)):
+            pose = pose @ transform
+        return pose @ self.tail
+
+    def jacobian(self, q: ArrayLike) -> Array:
+        """Return the (6, n) Jacobian of the tool at ``q`` (n,): linear, then angular, root frame."""
+        return self._pose_and_jacobian(np.asarray(q, dtype=np.float64))[1]
+
+    def inverse(self, target: ArrayLike, seed: ArrayLike, lower: ArrayLike, upper: ArrayLike) -> Array:
+        """Return joint positions (n,) within the limits that put the tool at ``target``.
+
+        The solution lies near ``seed`` where there is one to be found from there; otherwise the
+        search starts again from other positions within the limits, always the same ones.
+
+        Args:
+            target: (4, 4) pose of the tool in the root frame.
+            seed: (n,) where to start, such as the present position.
+            lower, upper: (n,) joint limits.
+
+        Raises:
+            KinematicsError: no solution within 0.1 mm and 0.1 deg was found; the message gives the
+                residual of the best one.
+        """
+        problem = _Problem.of(self, target, seed, lower, upper)
+        best = problem.solve(problem.seed, _ROTATION_WEIGHT_M)
+        for start in problem.restarts(_RESTARTS):
+            if best.reached:
+                break
+            best = min(best, problem.solve(start, _ROTATION_WEIGHT_M), key=lambda s: s.cost)
+        if not best.reached:
+            raise KinematicsError(
+                f"pose out of reach: the best solution is {1e3 * best.position_error_m:.1f} mm and "
+                f"{np.rad2deg(best.rotation_error_rad):.1f} deg away",
+                "choose a pose inside the arm's workspace and joint limits",
+            )
+        return best.q
+
+    def inverse_nearest(
+        self, target: ArrayLike, seed: ArrayLike, lower: ArrayLike, upper: ArrayLike
+    ) -> Array:
+        """Return joint positions (n,) within the limits that come as near to ``target`` as was found.
+
+        Takes what :meth:`inverse` takes, never raises, and searches from ``seed`` alone, so that the
+        answer moves with the target and never jumps to another posture. Where position and rotation
+        cannot both be met, position comes first.
+        """
+        problem = _Problem.of(self, target, seed, lower, upper)
+        best = problem.solve(problem.seed, _ROTATION_WEIGHT_M)
+        return best.q if best.reached else problem.solve(best.q, _POSITION_FIRST_WEIGHT_M).q
+
+    def _transforms(self, q: Array) -> Array:
+        f = np.where(self.prismatic, q, np.sin(q))
+        g = np.where(self.prismatic, 0.0, np.cos(q))
+        return self.constant + f[:, None, None] * self.sine + g[:, None, None] * self.cosine
+
+    def _pose_and_jacobian(self, q: Array) -> tuple[Array, Array]:
+        transforms = self._transforms(q)
+        frames = np.empty_like(transforms)
+        pose = transforms[0]
+        frames[0] = pose
+        for i in range(1, len(frames)):
+            pose = pose @ transforms[i]
+            frames[i] = pose
+        pose = pose @ self.tail
+        axes = (frames[:, :3, :3] @ self.axes[:, :, None])[:, :, 0]
+        arms = pose[:3, 3] - frames[:, :3, 3]
+        jacobian = np.empty((6, len(q)))
+        jacobian[:3] = np.where(self.prismatic[:, None], axes, _cross(axes, arms)).T
+        jacobian[3:] = np.where(self.prismatic[:, None], 0.0, axes).T
+        return pose, jacobian
+
+
+@dataclass(frozen=True)
+class _Solution:
+    """Where a search ended, and how far from the target that is."""
+
+    q: Array
+    cost: float
+    position_error_m: float
+    rotation_error_rad: float
+
+    @property
+    def reached(self) -> bool:
+        return (
+            self.position_error_m <= POSITION_TOLERANCE_M
+            and self.rotation_error_rad <= ROTATION_TOLERANCE_RAD
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """One pose to reach within limits."""
+
+    chain: Chain
+    target: Array
+    seed: Array
+    lower: Array
+    upper: Array
+
+    @classmethod
+    def of(
+        cls, chain: Chain, target: ArrayLike, seed: ArrayLike, lower: ArrayLike, upper: ArrayLike
+    ) -> _Problem:
+        low, high = np.asarray(lower, dtype=np.float64), np.asarray(upper, dtype=np.float64)
+        start = np.clip(np.asarray(seed, dtype=np.float64), low, high)
+        return cls(chain, np.asarray(target, dtype=np.float64), start, low, high)
+
+    def restarts(self, count: int) -> Array:
+        """Return (count, n) starting points spread over the limits, the same at every call."""
+        spread = np.random.default_rng(0).random((count, len(self.seed)))
+        return self.lower + spread * (self.upper - self.lower)
+
+    def solve(self, start: Array, rotation_weight_m: float) -> _Solution:
+        """Return the local minimum of the weighted error that is found from ``start``.
+
+        Levenberg-Marquardt on the error twist; a joint at a limit that the descent would push
+        through it is left out of the step (projected, as in Bertsekas 1982).
+        """
+        weights = np.repeat([1.0, rotation_weight_m], 3)
+        damping, least, most = _DAMPING
+        q = start
+        pose, jacobian = self.chain._pose_and_jacobian(q)
+        error = self._error(pose)
+        cost = _norm(weights * error)
+        for _ in range(_ITERATIONS):
+            if cost < _CONVERGED or damping > most:
+                break
+            weighted = weights[:, None] * jacobian
+            trial = np.clip(q + self._step(q, weighted, weights * error, damping), self.lower, self.upper)
+            trial_pose, trial_jacobian = self.chain._pose_and_jacobian(trial)
+            trial_error = self._error(trial_pose)
+            trial_cost = _norm(weights * trial_error)
+            if trial_cost >= cost:
+                damping *= 10
+                continue
+            stalled = cost - trial_cost < _STALLED * cost
+            q, jacobian, error, cost = trial, trial_jacobian, trial_error, trial_cost
+            damping = max(damping / 10, least)
+            if stalled:
+                break
+        return _Solution(q, cost, _norm(error[:3]), _norm(error[3:]))
+
+    def _step(self, q: Array, jacobian: Array, error: Array, damping: float) -> Array:
+        descent = jacobian.T @ error
+        free = ~(((q <= self.lower) & (descent < 0)) | ((q >= self.upper) & (descent > 0)))
+        part = jacobian[:, free]
+        step = np.zeros(len(q))
+        step[free] = np.linalg.solve(part.T @ part + damping * np.eye(part.shape[1]), descent[free])
+        return step * min(1.0, _MAX_STEP / max(np.abs(step).max(), _MAX_STEP))
+
+    def _error(self, pose: Array) -> Array:
+        """Return (6,) the translation (m) and rotation vector (rad, root frame) from pose to target."""
+        error = np.empty(6)
+        error[:3] = self.target[:3, 3] - pose[:3, 3]
+        error[3:] = rotation_vector(self.target[:3, :3] @ pose[:3, :3].T)
+        return error
+
+
+def rotation_vector(rotation: Array) -> Array:
+    """Return the (3,) rotation vector, rad, of a (3, 3) rotation; its length is at most pi."""
+    sine = 0.5 * np.array(
+        [
+            rotation[2, 1] - rotation[1, 2],
+            rotation[0, 2] - rotation[2, 0],
+            rotation[1, 0] - rotation[0, 1],
+        ]
+    )
+    length = _norm(sine)
+    cosine = 0.5 * (rotation[0, 0] + rotation[1, 1] + rotation[2, 2] - 1.0)
+    if length > 1e-4 or cosine > 0:
+        return sine * (np.arctan2(length, cosine) / length if length > 1e-12 else 1.0)
+    return Rotation.from_matrix(rotation).as_rotvec()  # near half a turn the sine loses the axis
+
+
+def _norm(vector: Array) -> float:
+    return float(np.sqrt(vector @ vector))
+
+
+def _cross(a: Array, b: Array) -> Array:
+    return a[:, [1, 2, 0]] * b[:, [2, 0, 1]] - a[:, [2, 0, 1]] * b[:, [1, 2, 0]]
+
+
+@lru_cache(maxsize=32)
+def _shipped_chain(urdf: str, tool_link: str) -> Chain:
+    inside = PurePosixPath(urdf)
+    if inside.is_absolute() or ".." in inside.parts:
+        raise KinematicsError(f"the URDF {urdf!r} is not below urdf/", "name a file that ships in urdf/")
+    return Chain.from_urdf(share_dir() / "urdf" / inside, tool_link)
+
+
+def _joints_to(robot: ET.Element, tool_link: str) -> list[ET.Element]:
+    """Return the joint elements from the root link to ``tool_link``."""
+    above = {_child(joint, "child").attrib["link"]: joint for joint in robot.findall("joint")}
+    if tool_link not in above:
+        raise ValueError(f"no joint leads to it; links with a joint: {', '.join(above)}")
+    path: list[ET.Element] = []
+    link = tool_link
+    while link in above:
+        if len(path) > len(above):
+            raise ValueError("the joints form a loop")
+        path.append(above[link])
+        link = _child(above[link], "parent").attrib["link"]
+    return path[::-1]
+
+
+def _child(element: ET.Element, tag: str) -> ET.Element:
+    child = element.find(tag)
+    if child is None:
+        raise ValueError(f"<{element.tag} name={element.attrib.get('name')!r}> has no <{tag}>")
+    return child
+
+
+def _origin(joint: ET.Element) -> Array:
+    origin = joint.find("origin")
+    pose = np.eye(4)
+    if origin is not None:
+        pose[:3, :3] = Rotation.from_euler("xyz", _vector(origin, "rpy")).as_matrix()
+        pose[:3, 3] = _vector(origin, "xyz")
+    return pose
+
+
+def _unit_axis(joint: ET.Element) -> Array:
+    axis = joint.find("axis")
+    vector = np.array([1.0, 0.0, 0.0]) if axis is None else _vector(axis, "xyz")
+    if not _norm(vector):
+        raise ValueError(f"joint {joint.attrib['name']!r} has the axis 0 0 0")
+    return vector / _norm(vector)
+
+
+def _vector(element: ET.Element, attribute: str) -> Array:
+    vector = np.array([float(word) for word in element.attrib.get(attribute, "0 0 0").split()])
+    if vector.shape != (3,) or not np.isfinite(vector).all():
+        raise ValueError(f"<{element.tag} {attribute}={element.attrib[attribute]!r}> is not three numbers")
+    return vector
+
+
+def _revolute_parts(axis: Array) -> tuple[Array, Array, Array]:
+    """Return K0, K1, K2 (4, 4) with rotation(axis, q) = K0 + sin q K1 + cos q K2 (Rodrigues)."""
+    x, y, z = axis
+    k0, k1, k2 = np.zeros((3, 4, 4))
+    k0[:3, :3] = np.outer(axis, axis)
+    k0[3, 3] = 1.0
+    k1[:3, :3] = [[0, -z, y], [z, 0, -x], [-y, x, 0]]
+    k2[:3, :3] = np.eye(3) - np.outer(axis, axis)
+    return k0, k1, k2
+
+
+def _prismatic_parts(axis: Array) -> tuple[Array, Array, Array]:
+    """Return K0, K1, K2 (4, 4) with translation(q axis) = K0 + q K1 + 0 K2."""
+    k1 = np.zeros((4, 4))
+    k1[:3, 3] = axis
+    return np.eye(4), k1, np.zeros((4, 4))
