@@ -1,0 +1,1 @@
+"""Drivers on the vendors' own libraries. The twin serves the same drivers."""

@@ -1,0 +1,23 @@
+"""Which driver with which bus or device a rig asks for: the only place that tells twin from metal."""
+
+from __future__ import annotations
+
+from robot_bridge.drivers.piper import PiperDriver
+from robot_bridge.drivers.realsense import RealSenseDriver
+from robot_bridge.rig import Rig
+from simplevla.embodiment import Arm, Camera
+
+
+def arm_driver(rig: Rig, arm: Arm) -> PiperDriver:
+    """Return the driver of one of the rig's arms, not yet open."""
+    return PiperDriver(arm, rig.arms[arm.name])
+
+
+def camera_driver(rig: Rig, camera: Camera) -> RealSenseDriver:
+    """Return the driver of one of the rig's cameras, not yet open."""
+    source = None
+    if rig.twin is not None:
+        from robot_bridge.twin.realsense_device import twin_device_source
+
+        source = twin_device_source(rig, camera)
+    return RealSenseDriver(camera, rig.cameras[camera.name], device_source=source)
