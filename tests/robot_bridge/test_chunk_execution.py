@@ -1,0 +1,122 @@
+"""What the chunk player promises about the setpoints it wants."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from robot_bridge.chunk_execution import ChunkPlayer, Trajectory
+from simplevla.errors import ChunkError
+
+HOLD = np.array([0.5, -0.5])
+
+
+def trajectory(start: float, targets: list[list[float]], *, dt: float = 0.1, stamp: int = 1) -> Trajectory:
+    return Trajectory(start, dt, np.asarray(targets, dtype=float), stamp)
+
+
+targets = st.lists(st.lists(st.floats(-3, 3), min_size=2, max_size=2), min_size=1, max_size=6)
+hundredths = st.integers(-30, 50)  # starts and spacings on a grid of 10 ms bound the slope of late splices
+offers = st.lists(st.tuples(hundredths, targets, st.integers(1, 30)), min_size=1, max_size=5)
+
+
+def test_interpolates_linearly_from_where_it_held_and_then_holds():
+    player = ChunkPlayer(HOLD)
+    player.offer(trajectory(10.0, [[1.5, -0.5], [1.5, 0.5]]), now_s=9.9)
+    wanted = {t: player.wanted(t).tolist() for t in (9.95, 10.0, 10.05, 10.1, 10.15, 10.2, 99.0)}
+    assert wanted == {
+        9.95: [0.5, -0.5],
+        10.0: [0.5, -0.5],
+        10.05: pytest.approx([1.0, -0.5]),
+        10.1: pytest.approx([1.5, -0.5]),
+        10.15: pytest.approx([1.5, 0.0]),
+        10.2: pytest.approx([1.5, 0.5]),
+        99.0: [1.5, 0.5],
+    }
+
+
+@given(offers)
+def test_never_jumps_and_never_leaves_the_range_of_its_targets(offered):
+    player, known = ChunkPlayer(HOLD), [HOLD]
+    for stamp, (lead, points, spacing) in enumerate(offered):
+        now = 0.2 * stamp
+        before = player.wanted(now)
+        knots = [now + (lead + i * spacing) / 100 for i in range(len(points) + 1)]
+        try:
+            player.offer(trajectory(knots[0], points, dt=spacing / 100, stamp=stamp), now)
+        except ChunkError:
+            assert knots[-1] <= now + 1e-9  # all of it had passed
+        else:
+            known += [np.asarray(point) for point in points]
+        assert player.wanted(now) == pytest.approx(before, abs=1e-12)
+        low, high = np.min(known, axis=0) - 1e-12, np.max(known, axis=0) + 1e-12
+        for t in [*np.linspace(now, now + 0.2, 21), *(k for k in knots if k > now)]:
+            wanted, soon = player.wanted(t), player.wanted(t + 1e-7)
+            assert ((low <= wanted) & (wanted <= high)).all()
+            assert np.abs(soon - wanted).max() <= 6 / 0.01 * 1e-7 * 1.01 + 1e-9
+
+
+@given(targets, st.floats(0.01, 1.0), st.floats(0, 1e4))
+def test_silence_holds_the_last_target_for_ever(points, dt, later):
+    player = ChunkPlayer(HOLD)
+    player.offer(trajectory(0.0, points, dt=dt), now_s=0.0)
+    end = dt * len(points)
+    assert np.array_equal(player.wanted(end * 1.000001 + later), np.asarray(points[-1]))
+    assert player.done(end * 1.000001 + later)
+
+
+def test_a_new_trajectory_replaces_the_rest_from_its_start_on():
+    player = ChunkPlayer([0.0, 0.0])
+    player.offer(trajectory(0.0, [[1, 0], [2, 0], [3, 0]], stamp=1), now_s=0.0)
+    player.offer(trajectory(0.15, [[0, 1]], stamp=2), now_s=0.05)
+    assert player.wanted(0.05) == pytest.approx([0.5, 0])
+    assert player.wanted(0.10) == pytest.approx([1.0, 0])
+    assert player.wanted(0.15) == pytest.approx([1.5, 0])
+    assert player.wanted(0.20) == pytest.approx([0.75, 0.5])
+    assert player.wanted(0.30) == pytest.approx([0, 1])
+    assert player.playing(0.1) is None
+    assert player.playing(0.16) == 2
+
+
+def test_a_late_trajectory_skips_what_has_passed_and_counts_it():
+    player = ChunkPlayer([0.0])
+    skipped = player.offer(trajectory(0.0, [[1], [2], [3]], stamp=1), now_s=0.15)
+    assert skipped == 1
+    assert player.wanted(0.15) == pytest.approx([0])
+    assert player.wanted(0.2) == pytest.approx([2])
+    assert [player.consumed(t) for t in (0.15, 0.25, 0.35, 9.0)] == [0, 1, 2, 2]
+
+
+def test_stale_trajectories_are_refused_with_the_reason():
+    player = ChunkPlayer([0.0])
+    player.offer(trajectory(0.0, [[1], [2]], stamp=5), now_s=0.0)
+    with pytest.raises(ChunkError, match="not newer than the one that plays"):
+        player.offer(trajectory(1.0, [[9]], stamp=5), now_s=0.0)
+    with pytest.raises(ChunkError, match=r"last target was due 0\.500 s ago"):
+        player.offer(trajectory(0.0, [[1], [2]], stamp=6), now_s=0.7)
+    assert player.wanted(0.2) == pytest.approx([2])
+    player.hold([4.0])
+    assert player.wanted(0.2) == pytest.approx([4])
+    assert player.consumed(0.2) == 0
+
+
+@pytest.mark.parametrize(
+    ("points", "dt", "reason"),
+    [
+        ([[0.0, np.nan]], 0.1, "target 0 is not finite"),
+        ([], 0.1, "shape"),
+        ([0.0, 1.0], 0.1, "shape"),
+        ([[0.0, 0.0]], 0.0, "apart"),
+        ([[0.0, 0.0]], np.nan, "apart"),
+    ],
+)
+def test_a_malformed_trajectory_cannot_be_made(points, dt, reason):
+    with pytest.raises(ChunkError, match=reason):
+        trajectory(0.0, points, dt=dt)
+
+
+def test_targets_for_another_robot_are_refused():
+    with pytest.raises(ChunkError, match="targets have 3 values, the arms have 2"):
+        ChunkPlayer(HOLD).offer(trajectory(0.0, [[0, 0, 0]]), now_s=0.0)
