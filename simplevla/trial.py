@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -66,6 +67,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
         started_ns: ns of the system clock.
         actions: actions executed before the end.
         limits: {cause: count} of limit events during the trial.
+        real_time_factor: simulated over real time during the trial on the twin; None on a robot.
         recording: MCAP folder or file, relative to the index.
     """
 
@@ -86,13 +88,43 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     note: str = ""
     latency: LatencySplit | None = None
     limits: dict[str, int] = {}
+    real_time_factor: float | None = None
     recording: str = ""
+
+
+class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What all trials of a run share, and where their policy comes from.
+
+    Attributes:
+        policy_commit, demonstrations, evaluation: as the bundle's provenance has them; the
+            evaluation was made in simulation.
+        backend: the policy server's back end.
+        step_limit: actions after which a trial fails.
+        started_ns: ns of the system clock.
+        version: of this package.
+    """
+
+    task: str
+    instruction: str
+    rig: str
+    embodiment: str
+    operator: str
+    policy_name: str
+    policy_id: str
+    policy_commit: str
+    demonstrations: int
+    backend: str
+    step_limit: int
+    started_ns: int
+    version: str
+    evaluation: dict[str, Any] = {}
 
 
 class TrialIndex(msgspec.Struct, frozen=True, kw_only=True):
     """The trials of one run, in the order they were made."""
 
     trials: tuple[Trial, ...] = ()
+    run: RunInfo | None = None
     schema: int = SCHEMA
 
     def success(self) -> Rate:
@@ -114,12 +146,15 @@ def load_index(folder: Path) -> TrialIndex:
         RecordError: there is none, or it is unreadable or of another schema.
     """
     path = folder / INDEX_NAME
+    remedy = "give the folder of a run"
     try:
         index = msgspec.json.decode(path.read_bytes(), type=TrialIndex)
     except OSError as error:
-        raise RecordError(f"{path} cannot be read: {error.strerror}", "give the folder of a run") from error
+        raise RecordError(f"{path} cannot be read: {error.strerror}", remedy) from error
     except msgspec.DecodeError as error:
-        raise RecordError(f"{path} is not an index of trials: {error}", "give the folder of a run") from error
+        raise RecordError(f"{path} is not an index of trials: {error}", remedy) from error
     if index.schema != SCHEMA:
-        raise RecordError(f"{path} has schema {index.schema}, not {SCHEMA}", "use the version that wrote it")
+        raise RecordError(
+            f"{path} has schema {index.schema}, not {SCHEMA}", "use the version that wrote it"
+        )
     return index

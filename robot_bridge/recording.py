@@ -1,0 +1,477 @@
+"""One MCAP a trial: what was seen, asked, answered, sent and measured, as raw DDS messages.
+
+A :class:`TopicTap` holds the subscriptions for a whole run, so that no trial waits for discovery;
+for each trial a :class:`TrialRecorder` takes what the tap hears, through a bounded queue, to a
+writer thread. Messages stay the serialised bytes that came off the wire (CDR): nothing is decoded
+or encoded on the way. When the disk cannot keep up images go first, and are counted; joints,
+setpoints and chunks are never dropped.
+
+A recording is a rosbag2 folder ``<name>/`` with ``<name>.mcap`` and ``metadata.yaml``, as ``ros2
+bag`` and Foxglove open it. While it grows it lies in ``interrupted/``; it moves to its place only
+when it is whole. So what a crash leaves behind is kept, under a name that says what it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+import os
+import struct
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simplevla.embodiment import Embodiment
+from simplevla.errors import MissingExtraError, RecordError
+
+if TYPE_CHECKING:
+    from rclpy.node import Node
+    from rosbags.typesys.store import Typestore
+
+INTERRUPTED = "interrupted"
+JOINT_STATE = "sensor_msgs/msg/JointState"
+COMPRESSED_IMAGE = "sensor_msgs/msg/CompressedImage"
+DIAGNOSTICS = "diagnostic_msgs/msg/DiagnosticArray"
+
+_PENDING_BYTES = 32 << 20
+_FAILED_BYTES = 512 << 20
+_QUEUE_DEPTH = 2000
+_NAMESPACE = "namespace"
+_DROPPED = "dropped"
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RecordedTopic:
+    """A topic to record.
+
+    Attributes:
+        name: relative name; the tap's node resolves it in its namespace.
+        type: message type, such as ``sensor_msgs/msg/JointState``.
+        vital: never dropped, and asked for reliably; the others go first when the disk is slow.
+    """
+
+    name: str
+    type: str
+    vital: bool = True
+
+
+def trial_topics(embodiment: Embodiment) -> tuple[RecordedTopic, ...]:
+    """Return everything that is worth keeping of a trial on ``embodiment``."""
+    cameras = [
+        topic
+        for camera in embodiment.cameras
+        for topic in (
+            RecordedTopic(f"{camera.name}/color/image_raw/compressed", COMPRESSED_IMAGE, vital=False),
+            RecordedTopic(f"{camera.name}/color/camera_info", "sensor_msgs/msg/CameraInfo", vital=False),
+        )
+    ]
+    return (
+        RecordedTopic("joint_states", JOINT_STATE),
+        RecordedTopic("setpoints", JOINT_STATE),
+        RecordedTopic("joint_trajectory", "trajectory_msgs/msg/JointTrajectory"),
+        RecordedTopic("policy/chunks", DIAGNOSTICS),
+        RecordedTopic("policy/state", DIAGNOSTICS),
+        RecordedTopic("arms/executed", DIAGNOSTICS),
+        RecordedTopic("diagnostics", DIAGNOSTICS),
+        *cameras,
+    )
+
+
+@dataclass(frozen=True)
+class RecordingSummary:
+    """What a finished recording holds: {topic: messages written} and {topic: messages dropped}."""
+
+    path: Path
+    counts: dict[str, int]
+    dropped: dict[str, int]
+
+
+class TrialRecorder:
+    """Writes one trial's messages from a thread of its own.
+
+    As a context manager it finishes the recording when the block ends, and leaves it in
+    ``interrupted/`` when the block raises.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        topics: Iterable[RecordedTopic],
+        *,
+        namespace: str = "/",
+        metadata: Mapping[str, str] | None = None,
+        max_pending_bytes: int = _PENDING_BYTES,
+    ) -> None:
+        """Start a recording.
+
+        Args:
+            folder: of the run.
+            name: of the recording, which becomes the folder ``folder/name``.
+            topics: what may be written; all are listed in the recording, heard or not.
+            namespace: of the node that hears them.
+            metadata: kept with the recording.
+            max_pending_bytes: bound of the queue, beyond which images are dropped.
+
+        Raises:
+            RecordError: there is a recording of that name, or the folder cannot be written.
+            MissingExtraError: rosbags is not installed.
+        """
+        self._final = folder / name
+        self._scratch = folder / INTERRUPTED / name
+        for path in (self._final, self._scratch):
+            if path.exists():
+                raise RecordError(f"{path} exists already", "record into a new folder")
+        self._topics = {topic.name: topic for topic in topics}
+        self._max_pending_bytes = max_pending_bytes
+        self._writer, self._connections = _open_bag(self._scratch, self._topics.values(), namespace)
+        for key, value in {**(metadata or {}), _NAMESPACE: namespace}.items():
+            self._writer.set_custom_data(key, value)
+        self._pending: deque[tuple[RecordedTopic, int, bytes]] = deque()
+        self._pending_bytes = 0
+        self._changed = threading.Condition()
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._summary: RecordingSummary | None = None
+        self._counts: Counter[str] = Counter(dict.fromkeys(self._topics, 0))
+        self._dropped: Counter[str] = Counter()
+        self._thread = threading.Thread(target=self._drain, name=f"record-{name}", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> TrialRecorder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.abandon()
+
+    @property
+    def folder(self) -> Path:
+        """Where the recording lies once it is finished."""
+        return self._final
+
+    def write(self, topic: str, data: bytes, stamp_ns: int) -> None:
+        """Queue one serialised message; never blocks, and does nothing once the recording ends.
+
+        Args:
+            topic: relative name of one of the recorded topics.
+            data: the message in CDR, as it came off the wire.
+            stamp_ns: when it was heard, ns of the system clock.
+        """
+        recorded = self._topics[topic]
+        with self._changed:
+            if self._closing or self._failure is not None:
+                return
+            if self._pending_bytes + len(data) > self._max_pending_bytes:
+                if not recorded.vital:
+                    self._dropped[topic] += 1
+                    return
+                self._drop_pending_images()
+                if self._pending_bytes + len(data) > _FAILED_BYTES:
+                    self._failure = OSError("the disk has not kept up for too long")
+            self._pending.append((recorded, stamp_ns, data))
+            self._pending_bytes += len(data)
+            self._changed.notify()
+
+    def finish(self) -> RecordingSummary:
+        """Write what is queued, close the recording and move it to its place; once is enough.
+
+        Raises:
+            RecordError: something could not be written; what there is stays in ``interrupted/``.
+        """
+        if self._summary is not None:
+            return self._summary
+        self._stop()
+        if self._failure is None:
+            try:
+                self._writer.set_custom_data(_DROPPED, json.dumps(dict(self._dropped)))
+                self._writer.close()
+                _fsync(self._scratch)
+                os.rename(self._scratch, self._final)
+                with contextlib.suppress(OSError):
+                    self._scratch.parent.rmdir()
+            except OSError as error:
+                self._failure = error
+        if self._failure is not None:
+            self._writer.abort()
+            raise RecordError(
+                f"the recording {self._final.name} is not whole: {self._failure}",
+                f"free space on the disk; what there is lies in {self._scratch}",
+            ) from self._failure
+        if self._dropped:
+            _logger.warning("%s: images dropped: %s", self._final.name, dict(self._dropped))
+        self._summary = RecordingSummary(self._final, dict(self._counts), dict(self._dropped))
+        return self._summary
+
+    def abandon(self) -> None:
+        """Close a recording that will not be whole; it stays in ``interrupted/``."""
+        if self._summary is None and self._failure is None:
+            self._stop()
+            with contextlib.suppress(OSError):
+                self._writer.close()
+            self._failure = RecordError(f"the recording {self._final.name} was abandoned")
+
+    def _stop(self) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _drop_pending_images(self) -> None:
+        kept = deque(entry for entry in self._pending if entry[0].vital)
+        for topic, _, data in self._pending:
+            if not topic.vital:
+                self._dropped[topic.name] += 1
+                self._pending_bytes -= len(data)
+        self._pending = kept
+
+    def _drain(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending or self._closing)
+                if not self._pending:
+                    return
+                topic, stamp_ns, data = self._pending.popleft()
+                self._pending_bytes -= len(data)
+            try:
+                self._writer.write(self._connections[topic.name], stamp_ns, data)
+            except OSError as error:
+                with self._changed:
+                    self._failure = error
+                    self._pending.clear()
+                return
+            self._counts[topic.name] += 1
+
+
+class TopicTap:
+    """Subscriptions to every recorded topic, for as long as the node lives.
+
+    Callbacks only stamp and hand on; ``recorder`` is where to, or None between trials.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        topics: Iterable[RecordedTopic],
+        *,
+        clock_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
+
+        self.topics = tuple(topics)
+        self.recorder: TrialRecorder | None = None
+        self.last_heard_ns: dict[str, int] = {}
+        self._clock_ns = clock_ns
+        for topic in self.topics:
+            profile = QoSProfile(
+                history=HistoryPolicy.KEEP_LAST,
+                depth=_QUEUE_DEPTH if topic.vital else 10,
+                reliability=ReliabilityPolicy.RELIABLE if topic.vital else ReliabilityPolicy.BEST_EFFORT,
+            )
+            node.create_subscription(
+                message_class(topic.type), topic.name, self._handler(topic.name), profile, raw=True
+            )
+
+    def _handler(self, name: str) -> Callable[[bytes], None]:
+        def hear(data: bytes) -> None:
+            now_ns = self._clock_ns()
+            self.last_heard_ns[name] = now_ns
+            recorder = self.recorder
+            if recorder is not None:
+                recorder.write(name, data, now_ns)
+
+        return hear
+
+
+def message_class(message_type: str) -> type:
+    """Return the rclpy class of a type such as ``sensor_msgs/msg/JointState``."""
+    package, kind, name = message_type.split("/")
+    found: type = getattr(importlib.import_module(f"{package}.{kind}"), name)
+    return found
+
+
+@dataclass(frozen=True)
+class JointSeries:
+    """Joint values over time.
+
+    Attributes:
+        names: the D names.
+        stamp_ns: (N,) int64 stamps of the messages' headers, ns of the system clock.
+        position: (N, D) float64; rad and m.
+    """
+
+    names: tuple[str, ...] = ()
+    stamp_ns: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    position: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A camera image as it was published: stamp (ns of the system clock) and JPEG bytes."""
+
+    stamp_ns: int
+    jpeg: bytes
+
+
+@dataclass(frozen=True)
+class Status:
+    """One status of a DiagnosticArray: its array's stamp (ns), name, message and values."""
+
+    stamp_ns: int
+    name: str
+    message: str
+    values: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recording in arrays.
+
+    Attributes:
+        metadata: what was kept with it.
+        counts, dropped: {topic: messages}.
+        measured, commanded: ``joint_states`` and ``setpoints``.
+        frames: {camera: frames in order}.
+        statuses: {topic: statuses in order} of the diagnostic topics.
+    """
+
+    path: Path
+    metadata: dict[str, str]
+    counts: dict[str, int]
+    dropped: dict[str, int]
+    measured: JointSeries
+    commanded: JointSeries
+    frames: dict[str, tuple[Frame, ...]]
+    statuses: dict[str, tuple[Status, ...]]
+
+
+def read_recording(path: Path, *, images: bool = True) -> Recording:
+    """Return the recording in the folder ``path``.
+
+    Args:
+        path: the folder that a :class:`TrialRecorder` left.
+        images: whether to read the frames too.
+
+    Raises:
+        RecordError: it is missing, was interrupted, or is damaged.
+        MissingExtraError: rosbags is not installed.
+    """
+    try:
+        from rosbags.rosbag2 import Reader, ReaderError
+        from rosbags.typesys import Stores, get_typestore
+    except ImportError as error:
+        raise MissingExtraError("rosbags", "robot") from error
+    if path.parent.name == INTERRUPTED or not (path / "metadata.yaml").is_file():
+        state = "was interrupted" if any(path.glob("*.mcap")) else "does not exist"
+        raise RecordError(f"the recording {path} {state}", "give the folder of a finished recording")
+    store = get_typestore(Stores.ROS2_KILTED)
+    messages: dict[str, list[Any]] = {}
+    types: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    try:
+        with Reader(path) as reader:
+            custom = dict(reader.storage.metadata.custom or {})
+            prefix = custom.pop(_NAMESPACE, "/").rstrip("/") + "/"
+            dropped = json.loads(custom.pop(_DROPPED, "{}"))
+            for connection in reader.connections:
+                name = connection.topic.removeprefix(prefix)
+                counts[name], types[name], messages[name] = connection.msgcount, connection.msgtype, []
+            wanted = [c for c in reader.connections if images or c.msgtype != COMPRESSED_IMAGE]
+            for connection, _, data in reader.messages(connections=wanted):
+                name = connection.topic.removeprefix(prefix)
+                messages[name].append(_decode(store, data, connection.msgtype))
+    except (ReaderError, OSError, ValueError, KeyError, AssertionError, struct.error) as error:
+        raise RecordError(f"the recording {path} is damaged: {error}", "it cannot be read") from error
+    return Recording(
+        path=path,
+        metadata=custom,
+        counts=counts,
+        dropped=dropped,
+        measured=_joint_series(messages.get("joint_states", [])),
+        commanded=_joint_series(messages.get("setpoints", [])),
+        frames={
+            topic.split("/")[0]: tuple(Frame(_stamp_ns(m), m.data.tobytes()) for m in messages[topic])
+            for topic, kind in types.items()
+            if kind == COMPRESSED_IMAGE
+        },
+        statuses={
+            topic: tuple(status for m in messages[topic] for status in _statuses(m))
+            for topic, kind in types.items()
+            if kind == DIAGNOSTICS
+        },
+    )
+
+
+def _open_bag(folder: Path, topics: Iterable[RecordedTopic], namespace: str) -> tuple[Any, dict[str, Any]]:
+    try:
+        from rosbags.rosbag2 import StoragePlugin, Writer
+        from rosbags.typesys import Stores, get_typestore
+    except ImportError as error:
+        raise MissingExtraError("rosbags", "robot") from error
+    store = get_typestore(Stores.ROS2_KILTED)
+    writer = Writer(folder, version=Writer.VERSION_LATEST, storage_plugin=StoragePlugin.MCAP)
+    try:
+        writer.open()
+    except OSError as error:
+        raise RecordError(
+            f"{folder} cannot be written: {error.strerror}", "choose another folder"
+        ) from error
+    prefix = namespace.rstrip("/")
+    return writer, {
+        topic.name: writer.add_connection(f"{prefix}/{topic.name}", topic.type, typestore=store)
+        for topic in topics
+    }
+
+
+def _fsync(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def _decode(store: Typestore, data: bytes, message_type: str) -> Any:
+    """Return the message in ``data``, whatever follows it.
+
+    Fast CDR may pad a message, which the store's own ``deserialize_cdr`` takes for damage.
+    """
+    definition = store.get_msgdef(message_type)
+    if data[:2] not in (b"\x00\x00", b"\x00\x01"):
+        raise ValueError(f"a {message_type} is not plain CDR")
+    decode = definition.deserialize_cdr_le if data[1] else definition.deserialize_cdr_be
+    return decode(data[4:], 0, definition.cls, store)[0]
+
+
+def _stamp_ns(message: Any) -> int:
+    return int(message.header.stamp.sec) * 1_000_000_000 + int(message.header.stamp.nanosec)
+
+
+def _joint_series(messages: list[Any]) -> JointSeries:
+    if not messages:
+        return JointSeries()
+    names = tuple(messages[0].name)
+    whole = [m for m in messages if tuple(m.name) == names and len(m.position) == len(names)]
+    return JointSeries(
+        names,
+        np.array([_stamp_ns(m) for m in whole], dtype=np.int64),
+        np.array([m.position for m in whole], dtype=np.float64).reshape(len(whole), len(names)),
+    )
+
+
+def _statuses(message: Any) -> list[Status]:
+    stamp_ns = _stamp_ns(message)
+    return [
+        Status(stamp_ns, status.name, status.message, {v.key: v.value for v in status.values})
+        for status in message.status
+    ]
