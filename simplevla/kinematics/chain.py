@@ -27,7 +27,7 @@ _CONVERGED = 1e-9  # weighted error (m) below which another iteration changes no
 _ITERATIONS = 60
 _RESTARTS = 24
 _MAX_STEP = 0.5  # rad or m; larger steps would jump to another posture
-_STALLED = 1e-5  # relative gain below which an accepted step ends the search
+_STALLED = 1e-4  # relative gain below which an accepted step ends the search
 _DAMPING = (1e-5, 1e-9, 1e2)  # first, smallest and largest Levenberg-Marquardt damping, m2
 _ROTATION_WEIGHT_M = 0.2  # how many metres of position error one radian of rotation counts as
 _POSITION_FIRST_WEIGHT_M = 0.01  # the same where position comes first: 0.5 rad shift it by ~0.1 mm
@@ -95,7 +95,10 @@ class Chain:
 
     @classmethod
     def _from_joints(cls, joints: list[ET.Element]) -> Chain:
-        names, constant, sine, cosine, axes, prismatic = [], [], [], [], [], []
+        names: list[str] = []
+        parts: list[tuple[Array, Array, Array]] = []
+        axes: list[Array] = []
+        prismatic: list[bool] = []
         fixed = np.eye(4)
         for joint in joints:
             fixed = fixed @ _origin(joint)
@@ -105,24 +108,16 @@ class Chain:
             if kind not in ("revolute", "continuous", "prismatic"):
                 raise ValueError(f"joint {joint.attrib['name']!r} is {kind}, which no chain can hold")
             axis = _unit_axis(joint)
-            parts = _prismatic_parts(axis) if kind == "prismatic" else _revolute_parts(axis)
-            for store, part in zip((constant, sine, cosine), parts, strict=True):
-                store.append(fixed @ part)
+            k0, k1, k2 = _prismatic_parts(axis) if kind == "prismatic" else _revolute_parts(axis)
+            parts.append((fixed @ k0, fixed @ k1, fixed @ k2))
             names.append(joint.attrib["name"])
             axes.append(axis)
             prismatic.append(kind == "prismatic")
             fixed = np.eye(4)
         if not names:
             raise ValueError("no moving joint leads to it")
-        return cls(
-            tuple(names),
-            np.array(constant),
-            np.array(sine),
-            np.array(cosine),
-            np.array(axes),
-            np.array(prismatic),
-            fixed,
-        )
+        constant, sine, cosine = (np.array(part) for part in zip(*parts, strict=True))
+        return cls(tuple(names), constant, sine, cosine, np.array(axes), np.array(prismatic), tail=fixed)
 
     def forward(self, q: ArrayLike) -> Array:
         """Return the (4, 4) pose of the tool at joint positions ``q`` (n,)."""
@@ -144,7 +139,8 @@ class Chain:
         Args:
             target: (4, 4) pose of the tool in the root frame.
             seed: (n,) where to start, such as the present position.
-            lower, upper: (n,) joint limits.
+            lower: (n,) lower joint limits.
+            upper: (n,) upper joint limits.
 
         Raises:
             KinematicsError: no solution within 0.1 mm and 0.1 deg was found; the message gives the
