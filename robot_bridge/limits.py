@@ -50,7 +50,7 @@ class Cause(str, Enum):
 
 @dataclass(frozen=True)
 class LimitEvent:
-    """One cause acting on one joint; ``joint`` is empty where a cause concerns the whole vector."""
+    """One cause and the joint it acts on; an arm's name where it concerns the arm, else empty."""
 
     cause: Cause
     joint: str = ""
@@ -125,8 +125,10 @@ class Limiter:
         self._max_velocity = embodiment.velocity_limits()
         self._max_acceleration = embodiment.acceleration_limits()
         self._is_gripper = np.zeros(len(self._names), dtype=bool)
-        for _, part in embodiment.slices():
+        self._arm_names: dict[int, str] = {}
+        for arm, part in embodiment.slices():
             self._is_gripper[part.stop - 1] = True
+            self._arm_names[part.start] = arm.name
         self._clearance = clearance
         self._tolerances = tolerances or Tolerances()
         self._start_slack = np.where(self._is_gripper, self._tolerances.start_m, self._tolerances.start_rad)
@@ -266,7 +268,7 @@ class Limiter:
         assert self._position is not None
         for cause, part in self._clearance.unsafe(self._rest(velocity, dt), self._position):
             velocity[part] = brake[part]
-            events.append(LimitEvent(cause, "" if part == slice(None) else self._names[part.start]))
+            events.append(LimitEvent(cause, self._arm_names.get(part.start, "")))
 
     def _rest(self, velocity: Vector, dt: float) -> Vector:
         """Return where the joints come to rest if they move on with ``velocity`` and then brake."""

@@ -1,0 +1,119 @@
+"""The arms stay off the table and off each other, and may always back out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from robot_bridge.clearance import Margins, Workspace
+from robot_bridge.limits import Cause, Limiter
+from simplevla.embodiment import load_embodiment
+from simplevla.kinematics.chain import arm_chain
+
+DT = 0.005
+ROBOT = load_embodiment("piper_dual")
+LOWER, UPPER = ROBOT.position_limits()
+WORKSPACE = Workspace(ROBOT)
+
+
+def low_pose() -> np.ndarray:
+    """Return home with the left tool moved straight down to 20 cm below the table."""
+    arm, part = ROBOT.slices()[0]
+    chain = arm_chain(arm)
+    pose = chain.forward(arm.home_rad)
+    pose[2, 3] -= 0.4
+    goal = ROBOT.home()
+    goal[part.start : part.stop - 1] = chain.inverse_nearest(
+        pose, arm.home_rad, LOWER[part][:-1], UPPER[part][:-1]
+    )
+    return goal
+
+
+def crossed_pose() -> np.ndarray:
+    """Return a pose in which both arms reach for the other one's base."""
+    goal = ROBOT.home()
+    goal[[0, 7]] = -1.5, 1.5
+    goal[[1, 8]] = 1.8
+    goal[[2, 9]] = -1.0
+    return goal
+
+
+def test_home_is_clear_and_the_bad_poses_are_not():
+    assert min(WORKSPACE.heights(ROBOT.home())) > 0.1
+    assert WORKSPACE.gap(ROBOT.home()) > 0.3
+    assert min(WORKSPACE.heights(low_pose())) < -0.05
+    assert WORKSPACE.gap(crossed_pose()) < -0.02
+
+
+def test_heights_agree_with_kinematics():
+    arm, part = ROBOT.slices()[1]
+    tool = arm_chain(arm).forward(ROBOT.home()[part][:-1])
+    above_table = tool[2, 3] + arm.base.xyz_m[2] - 0.74
+    assert WORKSPACE.heights(ROBOT.home())[1] == pytest.approx(above_table, abs=0.05)
+    assert WORKSPACE.heights(ROBOT.home())[1] < above_table
+
+
+@pytest.mark.parametrize(
+    ("goal", "cause", "clearance", "margin"),
+    [
+        (low_pose(), Cause.TABLE, lambda q: min(WORKSPACE.heights(q)), Margins().table_m),
+        (crossed_pose(), Cause.ARMS, WORKSPACE.gap, Margins().arms_m),
+    ],
+    ids=["table", "arms"],
+)
+def test_holds_at_the_margin_and_backs_out(goal, cause, clearance, margin):
+    limiter = Limiter(ROBOT, WORKSPACE)
+    limiter.reset(ROBOT.home())
+    nearest = np.inf
+    for _ in range(800):
+        setpoint = limiter.admit(goal, limiter.position, DT)
+        nearest = min(nearest, clearance(setpoint.positions))
+    assert cause in {event.cause for event in setpoint.events}
+    assert margin - 1e-3 < nearest < margin + 0.02
+    for _ in range(800):
+        setpoint = limiter.admit(ROBOT.home(), limiter.position, DT)
+    assert np.array_equal(setpoint.positions, ROBOT.home())
+    assert setpoint.events == ()
+
+
+def test_only_the_arm_that_is_low_is_held():
+    limiter = Limiter(ROBOT, WORKSPACE)
+    limiter.reset(ROBOT.home())
+    goal = low_pose()
+    goal[7] += 0.5
+    for _ in range(800):
+        setpoint = limiter.admit(goal, limiter.position, DT)
+    assert setpoint.positions[7] == goal[7]
+    assert [event.joint for event in setpoint.events if event.cause == Cause.TABLE] == ["left"]
+
+
+def test_a_start_inside_the_margin_can_only_be_left():
+    low = ROBOT.home() + 0.35 * (low_pose() - ROBOT.home())
+    while min(WORKSPACE.heights(low)) > 0:
+        low = low + 0.02 * (low_pose() - ROBOT.home())
+    limiter = Limiter(ROBOT, WORKSPACE)
+    start = limiter.reset(low).positions
+    for _ in range(50):
+        held = limiter.admit(low_pose(), start, DT).positions
+    assert np.array_equal(held, start)
+    for _ in range(800):
+        setpoint = limiter.admit(ROBOT.home(), limiter.position, DT)
+    assert np.array_equal(setpoint.positions, ROBOT.home())
+
+
+poses = st.tuples(*(st.floats(low, high) for low, high in zip(LOWER, UPPER, strict=True))).map(np.array)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(poses, min_size=1, max_size=3))
+def test_no_sequence_of_poses_brings_the_setpoints_below_the_table_or_together(goals):
+    limiter = Limiter(ROBOT, WORKSPACE)
+    limiter.reset(ROBOT.home())
+    for goal in goals:
+        for tick in range(150):
+            positions = limiter.admit(goal, limiter.position, DT).positions
+            if tick % 5 == 0:
+                assert min(WORKSPACE.heights(positions)) > 0
+                assert WORKSPACE.gap(positions) > 0
