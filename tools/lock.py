@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ("3.10", "3.11", "3.12")
 LEFT_OUT_EXTRAS = {"gpu"}
 CUDA = re.compile(r"^(nvidia-|cuda-|triton\b)")
-HEADER = "# Made by `make lock` for Python {python}, x86-64 Linux, from setup.cfg and requirements/pins.in.\n"
+HEADER = "# Made by `make lock` for Python {python} on x86-64 Linux, from setup.cfg and pins.in.\n"
 
 
 def main() -> int:

@@ -73,13 +73,15 @@ install_mesa() {
 
 # Add the suite of backports from the mirror that this machine's own sources already name.
 add_backports() {
-  local codename=$1 suite=$1-backports mirror key
+  local codename=$1 suite=$1-backports source mirror key
   if grep -rqsE "^[^#]*\b$suite\b" /etc/apt/sources.list /etc/apt/sources.list.d; then return; fi
-  read -r mirror key < <(apt-get indextargets --format '$(REPO_URI) $(SIGNED_BY)' \
-    'Created-By: Packages' "Release: $codename" 'Component: main') || true
+  source=$(apt-get indextargets --format '$(REPO_URI) $(SIGNED_BY)' \
+    'Created-By: Packages' "Release: $codename" 'Component: main')
+  read -r mirror key <<<"$source" || true
   [[ -n ${mirror:-} ]] || fail "no source of $codename/main was found in /etc/apt: add $suite by hand, then run this again"
-  echo "deb ${key:+[signed-by=$key] }${mirror%/} $suite main" |
-    as_root tee "/etc/apt/sources.list.d/$suite.list" >/dev/null
+  [[ $key == /* ]] || key= # apt leaves the field's name where the source names no key
+  as_root sh -c 'echo "$1" >"$2"' sh "deb ${key:+[signed-by=$key] }${mirror%/} $suite main" \
+    "/etc/apt/sources.list.d/$suite.list"
   as_root apt-get update -qq || true
 }
 
