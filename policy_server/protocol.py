@@ -1,0 +1,392 @@
+"""What robot and policy server say to each other: one versioned schema, checked at the door.
+
+A message is a list of byte strings: part 0 is a msgpack header, one of the structs below, told apart
+by its ``type``; every further part is one array, raw and C-contiguous, described in the header's
+``arrays``. Each client message gets exactly one answer with the same ``request``:
+
+    Hello -> Welcome      who I am -> what this policy is and needs
+    Act   -> Chunk        observation -> actions
+    Health -> Status      are you well
+    any   -> Error        refused, with a code and a remedy; the connection stays open
+
+The functions are pure. Nothing is allocated, reshaped or copied before types, ranges and sizes were
+checked, and bytes from outside raise :class:`MessageError` and nothing else. In every schema, past and
+future, a header is a map with at least ``type``, ``schema`` and ``request``, so that two versions can
+still tell each other that they differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+from numpy.typing import NDArray
+
+from simplevla.action_chunk import ActionChunk
+from simplevla.embodiment import Embodiment
+from simplevla.errors import SimplevlaError
+from simplevla.observation import MAX_INSTRUCTION_CHARS, Observation
+
+SCHEMA: Literal[1] = 1
+DEFAULT_ADDRESS = "tcp://127.0.0.1:5555"
+MAX_ARRAYS = 17
+MAX_HEADER_BYTES = 1 << 16
+MAX_PART_BYTES = 1 << 26
+MAX_TOTAL_BYTES = 1 << 27
+STATE, ACTIONS, IMAGE_PREFIX = "state", "actions", "image/"
+
+_MAX_ERROR_CHARS = 2000
+_MAX_INT = (1 << 63) - 1
+_DTYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype(np.uint8), "float32": np.dtype("<f4")}
+
+Count = Annotated[int, Meta(ge=0, le=_MAX_INT)]
+Name = Annotated[str, Meta(min_length=1, max_length=128)]
+Milliseconds = Annotated[float, Meta(ge=0, le=1e9)]
+Part: TypeAlias = "bytes | memoryview"
+
+
+class MessageError(SimplevlaError):
+    """A message breaks the protocol.
+
+    Attributes:
+        code: ``bad_message``, ``too_large`` or ``other_schema``.
+        request: the request it belongs to; 0 if that could not be read.
+    """
+
+    code = "bad_message"
+
+    def __init__(
+        self,
+        message: str,
+        remedy: str = "use the client of this version of simplevla",
+        *,
+        code: str = "bad_message",
+        request: int = 0,
+    ) -> None:
+        super().__init__(message, remedy)
+        self.code = code
+        self.request = request
+
+
+class ArrayInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Describes one array: its bytes are the part of the message at the same place."""
+
+    name: Name
+    dtype: Literal["uint8", "float32"]
+    shape: Annotated[tuple[Annotated[int, Meta(ge=1, le=1 << 20)], ...], Meta(min_length=1, max_length=4)]
+
+
+class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="type"):
+    request: Count
+    schema: Literal[1] = SCHEMA
+    arrays: Annotated[tuple[ArrayInfo, ...], Meta(max_length=MAX_ARRAYS)] = ()
+
+
+class Hello(_Header, frozen=True, kw_only=True, tag="hello"):
+    """First message of a client, and again after a reconnect: the robot it speaks for."""
+
+    embodiment: Embodiment
+
+
+class CameraNeed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A camera that the policy looks through, and the size of its images in pixels."""
+
+    name: Name
+    width: Annotated[int, Meta(ge=1, le=4096)]
+    height: Annotated[int, Meta(ge=1, le=4096)]
+
+
+class Welcome(_Header, frozen=True, kw_only=True, tag="welcome"):
+    """What the served policy is, needs and answers.
+
+    Attributes:
+        policy_id: hex SHA-256 of the bundle's manifest.
+        cameras: in the policy's order.
+        instructions: {task: its canonical instruction}.
+        chunk_length: K.
+        dt_s: time between two actions, s.
+        action_space: what the network predicts; the wire carries absolute joint targets in any case.
+        backend: what computes the network.
+    """
+
+    policy_id: Name
+    name: Name
+    cameras: Annotated[tuple[CameraNeed, ...], Meta(min_length=1, max_length=MAX_ARRAYS - 1)]
+    instructions: Annotated[dict[str, str], Meta(max_length=256)]
+    chunk_length: Annotated[int, Meta(ge=1, le=512)]
+    dt_s: Annotated[float, Meta(ge=1e-3, le=10)]
+    action_space: Name
+    backend: Name
+
+
+class Act(_Header, frozen=True, kw_only=True, tag="act"):
+    """One observation; arrays: ``state`` (D,) float32 and ``image/<camera>`` (H, W, 3) uint8."""
+
+    instruction: Annotated[str, Meta(max_length=MAX_INSTRUCTION_CHARS)]
+    capture_ns: Count
+    episode: Annotated[str, Meta(max_length=128)] = ""
+    last_action: Annotated[int, Meta(ge=-1, le=_MAX_INT)] = -1
+
+
+class ServerTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where the time between a request's arrival and its answer went, ms.
+
+    Attributes:
+        receive_ms: taking the message off the socket and checking it.
+        preprocess_ms: from observation to the network's inputs.
+        inference_ms: the network.
+        decode_ms: from logits to checked joint targets.
+    """
+
+    receive_ms: Milliseconds
+    preprocess_ms: Milliseconds
+    inference_ms: Milliseconds
+    decode_ms: Milliseconds
+
+
+class Chunk(_Header, frozen=True, kw_only=True, tag="chunk"):
+    """The answer to an Act; array: ``actions`` (K, D) float32 absolute joint targets, rad and m."""
+
+    capture_ns: Count
+    dt_s: Annotated[float, Meta(ge=1e-3, le=10)]
+    policy_id: Name
+    timing: ServerTiming
+
+
+class Health(_Header, frozen=True, kw_only=True, tag="health"):
+    """Asks whether the server is well; needs no Hello."""
+
+
+class Status(_Header, frozen=True, kw_only=True, tag="status"):
+    """The answer to Health.
+
+    Attributes:
+        uptime_s: since the server was ready, s.
+        answered: chunks sent.
+        refused: requests answered with an Error.
+    """
+
+    policy_id: Name
+    backend: Name
+    uptime_s: Annotated[float, Meta(ge=0)]
+    answered: Count
+    refused: Count
+
+
+class Error(_Header, frozen=True, kw_only=True, tag="error"):
+    """A refusal: a stable ``code``, what is wrong, and what to do about it."""
+
+    code: Name
+    message: Annotated[str, Meta(max_length=_MAX_ERROR_CHARS)]
+    remedy: Annotated[str, Meta(max_length=_MAX_ERROR_CHARS)]
+
+
+Header: TypeAlias = "Hello | Welcome | Act | Chunk | Health | Status | Error"
+_DECODER = msgspec.msgpack.Decoder(Hello | Welcome | Act | Chunk | Health | Status | Error)
+_ENCODER = msgspec.msgpack.Encoder()
+
+
+class _Envelope(msgspec.Struct, frozen=True):
+    """What a header of any schema has."""
+
+    schema: int
+    request: Count
+
+
+_ENVELOPE_DECODER = msgspec.msgpack.Decoder(_Envelope)
+
+
+@dataclass(frozen=True)
+class Message:
+    """A decoded message.
+
+    Attributes:
+        header: one of the structs above.
+        arrays: {name: array}; views of the received bytes, so they live as long as those do.
+    """
+
+    header: Header
+    arrays: Mapping[str, NDArray[Any]]
+
+
+def encode(header: Header, arrays: Mapping[str, NDArray[Any]] | None = None) -> list[Part]:
+    """Return the parts of a message.
+
+    Args:
+        header: its ``arrays`` are filled in here.
+        arrays: {name: uint8 or float32 array}.
+
+    Raises:
+        MessageError: an array is of another type, or something exceeds the protocol's sizes.
+    """
+    arrays = arrays or {}
+    infos, parts = [], []
+    for name, array in arrays.items():
+        dtype = _DTYPES.get(array.dtype.name)
+        if dtype is None or not 1 <= array.ndim <= 4 or not array.size:
+            raise MessageError(
+                f"array {name!r} is {array.dtype.name} {array.shape}",
+                "send uint8 or float32, 1 to 4 dimensions, none of them empty",
+            )
+        infos.append(ArrayInfo(name, array.dtype.name, array.shape))  # type: ignore[arg-type]
+        parts.append(np.ascontiguousarray(array, dtype=dtype).data.cast("B"))
+    try:
+        encoded = _ENCODER.encode(msgspec.structs.replace(header, arrays=tuple(infos)))
+    except (UnicodeEncodeError, OverflowError) as error:
+        raise MessageError(f"header cannot be sent: {error}", "correct the value", request=0) from error
+    _check_sizes([encoded, *parts])
+    return [encoded, *parts]
+
+
+def decode(parts: Sequence[Part]) -> Message:
+    """Return the message in ``parts``.
+
+    Raises:
+        MessageError: it is malformed, too large or of another schema.
+    """
+    _check_sizes(parts)
+    envelope = _decode_header(_ENVELOPE_DECODER, parts[0], request=0)
+    if envelope.schema != SCHEMA:
+        raise MessageError(
+            f"message has schema {envelope.schema}, this side speaks {SCHEMA}",
+            "use the same version of simplevla on both sides",
+            code="other_schema",
+            request=envelope.request,
+        )
+    header = _decode_header(_DECODER, parts[0], request=envelope.request)
+    return Message(header, _decode_arrays(header, parts[1:]))
+
+
+def encode_observation(request: int, observation: Observation, cameras: Sequence[str]) -> list[Part]:
+    """Return an Act with the state and the images of ``cameras``.
+
+    Raises:
+        MessageError: the observation does not fit the protocol.
+    """
+    header = Act(
+        request=request,
+        instruction=observation.instruction,
+        capture_ns=observation.capture_ns,
+        episode=observation.episode,
+        last_action=observation.last_action,
+    )
+    images = {IMAGE_PREFIX + name: observation.images[name] for name in cameras}
+    return encode(header, {STATE: observation.state, **images})
+
+
+def decode_observation(message: Message) -> Observation:
+    """Return the observation in an Act, not yet checked against an embodiment.
+
+    Raises:
+        MessageError: there is no state, or an array is none of an observation.
+    """
+    header = message.header
+    if not isinstance(header, Act):
+        raise MessageError(f"{header.__class__.__name__} carries no observation", request=header.request)
+    unknown = [n for n in message.arrays if n != STATE and not n.startswith(IMAGE_PREFIX)]
+    if unknown or STATE not in message.arrays:
+        raise MessageError(
+            f"an observation has the arrays {STATE!r} and {IMAGE_PREFIX + '<camera>'!r}, "
+            f"not {', '.join(map(repr, message.arrays)) or 'none'}",
+            request=header.request,
+        )
+    return Observation(
+        images={n[len(IMAGE_PREFIX) :]: a for n, a in message.arrays.items() if n != STATE},
+        state=message.arrays[STATE],
+        instruction=header.instruction,
+        capture_ns=header.capture_ns,
+        episode=header.episode,
+        last_action=header.last_action,
+    )
+
+
+def encode_chunk(request: int, chunk: ActionChunk, timing: ServerTiming) -> list[Part]:
+    """Return a Chunk."""
+    header = Chunk(
+        request=request,
+        capture_ns=chunk.capture_ns,
+        dt_s=chunk.dt_s,
+        policy_id=chunk.policy_id,
+        timing=timing,
+    )
+    return encode(header, {ACTIONS: chunk.actions})
+
+
+def decode_chunk(message: Message) -> ActionChunk:
+    """Return the chunk in a Chunk, not yet checked against an embodiment.
+
+    Raises:
+        MessageError: it has no actions.
+    """
+    header = message.header
+    if not isinstance(header, Chunk) or list(message.arrays) != [ACTIONS]:
+        raise MessageError(f"{header.__class__.__name__} carries no actions", request=header.request)
+    return ActionChunk(
+        # A copy: the actions outlive the message, and may start at an odd address in it.
+        actions=message.arrays[ACTIONS].copy(),
+        dt_s=header.dt_s,
+        capture_ns=header.capture_ns,
+        policy_id=header.policy_id,
+    )
+
+
+def encode_error(request: int, error: SimplevlaError) -> list[Part]:
+    """Return an Error that says what ``error`` says, cut to the protocol's lengths."""
+    return encode(
+        Error(
+            request=request,
+            code=error.code[:128] or "error",
+            message=error.message[:_MAX_ERROR_CHARS],
+            remedy=error.remedy[:_MAX_ERROR_CHARS],
+        )
+    )
+
+
+def _check_sizes(parts: Sequence[Part]) -> None:
+    if not 1 <= len(parts) <= MAX_ARRAYS + 1:
+        raise MessageError(
+            f"message has {len(parts)} parts, allowed are 1 to {MAX_ARRAYS + 1}", code="too_large"
+        )
+    sizes = [len(part) for part in parts]
+    for what, size, limit in (
+        ("header", sizes[0], MAX_HEADER_BYTES),
+        ("largest part", max(sizes), MAX_PART_BYTES),
+        ("message", sum(sizes), MAX_TOTAL_BYTES),
+    ):
+        if size > limit:
+            raise MessageError(
+                f"{what} has {size} bytes, allowed are {limit}", "send smaller images", code="too_large"
+            )
+
+
+def _decode_header(decoder: msgspec.msgpack.Decoder[Any], raw: Part, *, request: int) -> Any:
+    try:
+        return decoder.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        text = str(error)[:_MAX_ERROR_CHARS]
+        raise MessageError(f"header is not a message: {text}", request=request) from error
+
+
+def _decode_arrays(header: Header, parts: Sequence[Part]) -> dict[str, NDArray[Any]]:
+    infos = header.arrays
+    names = [info.name for info in infos]
+    if len(infos) != len(parts) or len(set(names)) != len(names):
+        raise MessageError(
+            f"header describes {len(set(names))} different arrays, the message carries {len(parts)}",
+            request=header.request,
+        )
+    arrays = {}
+    for info, part in zip(infos, parts, strict=True):
+        dtype = _DTYPES[info.dtype]
+        if prod(info.shape) * dtype.itemsize != len(part):
+            raise MessageError(
+                f"array {info.name!r} is {info.dtype} {info.shape} and has {len(part)} bytes",
+                request=header.request,
+            )
+        arrays[info.name] = np.frombuffer(part, dtype).reshape(info.shape)
+    return arrays
