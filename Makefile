@@ -20,7 +20,7 @@ lint: setup ## ruff, mypy and the import walls alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 lock: setup ## resolve requirements/lock-py3*.txt anew from setup.cfg and requirements/pins.in
 	$(BIN)/python -m pip install --quiet uv
