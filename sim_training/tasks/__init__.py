@@ -1,0 +1,23 @@
+"""The tasks, by name. A new one is a file in this folder and a line here."""
+
+from __future__ import annotations
+
+from sim_training.tasks.base import Task
+from sim_training.tasks.move_can_pot import MoveCanPot
+from simplevla.cli import require_choice
+
+_TASKS: dict[str, type[Task]] = {MoveCanPot.name: MoveCanPot}
+
+
+def task_names() -> list[str]:
+    """Return the names of all tasks."""
+    return sorted(_TASKS)
+
+
+def load_task(name: str) -> Task:
+    """Return the task called ``name``.
+
+    Raises:
+        ConfigError: there is none; the message lists those that exist.
+    """
+    return _TASKS[require_choice("task", name, task_names())]()
