@@ -19,5 +19,5 @@ def camera_driver(rig: Rig, camera: Camera) -> RealSenseDriver:
     if rig.twin is not None:
         from robot_bridge.twin.realsense_device import twin_device_source
 
-        source = twin_device_source(rig, camera)
+        source = twin_device_source(rig)
     return RealSenseDriver(camera, rig.cameras[camera.name], device_source=source)

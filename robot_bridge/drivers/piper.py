@@ -42,7 +42,7 @@ JOINTS = 6
 MAX_GRIPPER_EFFORT_NM = 5.0  # the range of frame 0x159
 
 _STATUS, _JOINTS_12, _JOINTS_34, _JOINTS_56, _GRIPPER = 0x2A1, 0x2A5, 0x2A6, 0x2A7, 0x2A8
-_LOW_SPEED = range(0x261, 0x267)
+_LOW_SPEED, _FIRMWARE = range(0x261, 0x267), 0x4AF
 _CYCLE_S = 0.004  # the joint frames come every 5 ms; three frames of one cycle lie closer than this
 _ALL_MOTORS = 7
 _MAX_LAG_S = 1.0  # a larger difference between a frame's stamp and the clock is a clock that jumped
@@ -168,6 +168,8 @@ class PiperDriver:
         self._reader: threading.Thread | None = None
         self._sdk: Any = None
         self._claimed = False
+        self._latest: tuple[ArmState, float] | None = None  # with its time on the monotonic clock
+        self._sent: tuple[int, ...] | None = None
         self._forget()
 
     def __enter__(self) -> PiperDriver:
@@ -297,16 +299,23 @@ class PiperDriver:
     @property
     def firmware(self) -> str:
         """The arm's firmware, such as ``S-V1.8-2``; empty if it did not say."""
-        version = self._sdk.GetPiperFirmwareVersion()
-        return version if isinstance(version, str) else ""
+        start = self._firmware.find(b"S-V")
+        return "" if start < 0 else self._firmware[start : start + 8].decode("ascii", "replace")
 
     @property
     def _where(self) -> str:
         return f"{self.can.interface} {self.can.channel}"
 
+    @property
+    def _remedy(self) -> str:
+        if self.can.interface == TWIN_BUS:
+            return "start the twin: simplevla twin"
+        link = f"ip link set {self.can.channel} up type can bitrate {self.can.bitrate}"
+        return f"check the arm's power and the CAN adapter and cable, then: {link}"
+
     def _forget(self) -> None:
-        self._latest: tuple[ArmState, float] | None = None
-        self._sent: tuple[int, ...] | None = None
+        self._latest = None
+        self._sent = None
         self._stop_sent = False
         self._joint_frames = 0
         self._cycle_start_s = 0.0
@@ -316,6 +325,7 @@ class PiperDriver:
         self._codes: tuple[int, ...] = ()
         self._faults: tuple[str, ...] = ()
         self._mode_sent_s = 0.0
+        self._firmware = b""
 
     def _connect(self) -> None:
         try:
@@ -346,10 +356,7 @@ class PiperDriver:
         if not self._wait(lambda: self._latest is not None, self._connect_timeout_s):
             raise UnavailableError(
                 f"arm {self.arm.name}: nothing heard on {self._where} within {self._connect_timeout_s:g} s",
-                "start the twin: simplevla twin"
-                if self.can.interface == TWIN_BUS
-                else f"check the arm's power and the CAN cable, and: ip link set {self.can.channel} up type can "
-                f"bitrate {self.can.bitrate}",
+                self._remedy,
             )
         if self.state().enabled:
             self._command_measured()
@@ -357,11 +364,7 @@ class PiperDriver:
 
     def _no_bus(self, why: str) -> UnavailableError:
         return UnavailableError(
-            f"arm {self.arm.name}: the bus {self._where} cannot be opened ({why})",
-            "correct the channel in the rig"
-            if self.can.interface == TWIN_BUS
-            else f"plug in the CAN adapter, then: ip link set {self.can.channel} up type can "
-            f"bitrate {self.can.bitrate}",
+            f"arm {self.arm.name}: the bus {self._where} cannot be opened ({why})", self._remedy
         )
 
     def _hold_sdk_objects(self) -> None:
@@ -460,6 +463,8 @@ class PiperDriver:
             self._status_seen = True
         elif frame == _GRIPPER:
             self._gripper_seen = True
+        elif frame == _FIRMWARE:  # kept here: the SDK empties its own copy just after it asked
+            self._firmware = (self._firmware + bytes(message.data))[-64:]
         elif frame in _LOW_SPEED:
             self._motors_seen.add(frame)
             if frame == _LOW_SPEED[-1]:
@@ -514,15 +519,13 @@ class PiperDriver:
 
     def _decode_faults(self) -> tuple[str, ...]:
         status = self._arm_status
-        codes = (
-            int(status.ctrl_mode),
-            int(status.arm_status),
-            status.err_code,
-            self._gripper_state.status_code,
-            *(motor.foc_status_code for motor in self._low),
-        )
+        mode, arm_status, error_bits = int(status.ctrl_mode), int(status.arm_status), status.err_code
+        gripper_bits = self._gripper_state.status_code
+        motor_bits = tuple(motor.foc_status_code for motor in self._low)
+        codes = (mode, arm_status, error_bits, gripper_bits, *motor_bits)
         if codes != self._codes:
-            self._codes, self._faults = codes, describe_faults(*codes[:4], codes[4:])
+            self._codes = codes
+            self._faults = describe_faults(mode, arm_status, error_bits, gripper_bits, motor_bits)
             if self._faults:
                 logger.warning("arm %s: %s", self.arm.name, "; ".join(self._faults))
         return self._faults

@@ -258,7 +258,7 @@ def _choose_rate(rs: Any, device: Any, camera: Camera) -> int:
             f"or more (offers: {sizes})",
             "plug it into a USB 3 port, or use an embodiment with a size that it offers",
         )
-    return rates[0]
+    return int(rates[0])
 
 
 def _capture_ns(rs: Any, frame: Any) -> int:
@@ -273,7 +273,7 @@ def _capture_ns(rs: Any, frame: Any) -> int:
         if frame.supports_frame_metadata(key):
             return int(frame.get_frame_metadata(key)) * 1_000_000
         return time.time_ns()
-    return round(frame.get_timestamp() * 1e6)
+    return int(frame.get_timestamp() * 1e6 + 0.5)
 
 
 def _has_color_sensor(device: Any) -> bool:
