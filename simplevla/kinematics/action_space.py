@@ -186,5 +186,6 @@ def _checked(
 def _wrong_shape(what: str, shape: tuple[int, ...], embodiment: Embodiment) -> EmbodimentError:
     want = f"({embodiment.dimension},)" if what == "state" else f"(K, {embodiment.dimension})"
     return EmbodimentError(
-        f"{what} have shape {shape}, not {want}", f"give values in the order of {embodiment.name}"
+        f"{what} {'has' if what == 'state' else 'have'} shape {shape}, not {want}",
+        f"give values in the order of {embodiment.name}",
     )

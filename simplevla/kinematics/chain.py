@@ -24,10 +24,10 @@ Array = NDArray[np.float64]
 POSITION_TOLERANCE_M = 1e-4
 ROTATION_TOLERANCE_RAD = float(np.deg2rad(0.1))
 _CONVERGED = 1e-9  # weighted error (m) below which another iteration changes nothing that matters
-_ITERATIONS = 60
-_RESTARTS = 24
+_RESTARTS = 48
 _MAX_STEP = 0.5  # rad or m; larger steps would jump to another posture
-_STALLED = 1e-4  # relative gain below which an accepted step ends the search
+_QUICK = (40, 1e-4)  # most iterations, and the relative gain below which the search ends
+_THOROUGH = (150, 1e-6)  # the same where it must not give up early
 _DAMPING = (1e-5, 1e-9, 1e2)  # first, smallest and largest Levenberg-Marquardt damping, m2
 _ROTATION_WEIGHT_M = 0.2  # how many metres of position error one radian of rotation counts as
 _POSITION_FIRST_WEIGHT_M = 0.01  # the same where position comes first: 0.5 rad shift it by ~0.1 mm
@@ -147,11 +147,12 @@ class Chain:
                 residual of the best one.
         """
         problem = _Problem.of(self, target, seed, lower, upper)
-        best = problem.solve(problem.seed, _ROTATION_WEIGHT_M)
+        best = problem.solve(problem.seed, _ROTATION_WEIGHT_M, _THOROUGH)
         for start in problem.restarts(_RESTARTS):
             if best.reached:
                 break
-            best = min(best, problem.solve(start, _ROTATION_WEIGHT_M), key=lambda s: s.cost)
+            found = problem.solve(start, _ROTATION_WEIGHT_M, _THOROUGH)
+            best = min(best, found, key=lambda s: s.cost)
         if not best.reached:
             raise KinematicsError(
                 f"pose out of reach: the best solution is {1e3 * best.position_error_m:.1f} mm and "
@@ -170,8 +171,10 @@ class Chain:
         cannot both be met, position comes first.
         """
         problem = _Problem.of(self, target, seed, lower, upper)
-        best = problem.solve(problem.seed, _ROTATION_WEIGHT_M)
-        return best.q if best.reached else problem.solve(best.q, _POSITION_FIRST_WEIGHT_M).q
+        best = problem.solve(problem.seed, _ROTATION_WEIGHT_M, _QUICK)
+        if not best.reached:
+            best = problem.solve(best.q, _POSITION_FIRST_WEIGHT_M, _QUICK)
+        return best.q
 
     def _transforms(self, q: Array) -> Array:
         f = np.where(self.prismatic, q, np.sin(q))
@@ -235,19 +238,20 @@ class _Problem:
         spread = np.random.default_rng(0).random((count, len(self.seed)))
         return self.lower + spread * (self.upper - self.lower)
 
-    def solve(self, start: Array, rotation_weight_m: float) -> _Solution:
+    def solve(self, start: Array, rotation_weight_m: float, effort: tuple[int, float]) -> _Solution:
         """Return the local minimum of the weighted error that is found from ``start``.
 
         Levenberg-Marquardt on the error twist; a joint at a limit that the descent would push
         through it is left out of the step (projected, as in Bertsekas 1982).
         """
         weights = np.repeat([1.0, rotation_weight_m], 3)
+        iterations, least_gain = effort
         damping, least, most = _DAMPING
         q = start
         pose, jacobian = self.chain._pose_and_jacobian(q)
         error = self._error(pose)
         cost = _norm(weights * error)
-        for _ in range(_ITERATIONS):
+        for _ in range(iterations):
             if cost < _CONVERGED or damping > most:
                 break
             weighted = weights[:, None] * jacobian
@@ -258,10 +262,10 @@ class _Problem:
             if trial_cost >= cost:
                 damping *= 10
                 continue
-            stalled = cost - trial_cost < _STALLED * cost
+            last = cost - trial_cost < least_gain * cost
             q, jacobian, error, cost = trial, trial_jacobian, trial_error, trial_cost
             damping = max(damping / 10, least)
-            if stalled:
+            if last:
                 break
         return _Solution(q, cost, _norm(error[:3]), _norm(error[3:]))
 
