@@ -19,6 +19,8 @@ def tree(folder: str) -> list[tuple[str, list[str]]]:
 
 
 setup(
+    # Here and not in setup.cfg: from there setuptools makes it an object that colcon cannot read back.
+    python_requires=">=3.10,<3.13",
     packages=find_packages(include=ROOMS + [f"{room}.*" for room in ROOMS]),
     data_files=[
         ("share/ament_index/resource_index/packages", ["resource/simplevla"]),
