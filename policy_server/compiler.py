@@ -155,6 +155,7 @@ def export_onnx(bundle: Bundle, path: Path) -> dict[str, str]:
                 external_data=False,
                 verbose=False,
             )
+        _strip_provenance(path)
     except Exception as error:  # the exporter raises whatever its many passes raise
         _log.debug("export failed", exc_info=True)
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -162,11 +163,28 @@ def export_onnx(bundle: Bundle, path: Path) -> dict[str, str]:
         raise CompileError(f"the ONNX export failed: {first}", remedy) from error
     return {
         "simplevla": __version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "onnx": onnx.__version__,
         "onnxscript": onnxscript.__version__,
         "onnxruntime": onnxruntime.__version__,
     }
+
+
+def _strip_provenance(path: Path) -> None:
+    """Remove what the exporter notes of each node: stack traces, with the paths of this machine."""
+    import onnx
+
+    model = onnx.load(path)
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.ClearField("doc_string")
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
+        del value.metadata_props[:]
+    for tensor in model.graph.initializer:
+        del tensor.metadata_props[:]
+    del model.graph.metadata_props[:]
+    del model.metadata_props[:]
+    onnx.save(model, path)
 
 
 def measure_parity(

@@ -35,7 +35,7 @@ class TorchSession:
         if options is not None and options.threads:
             torch.set_num_threads(options.threads)
         self._network = load_network(bundle)
-        self.info = SessionInfo(BACKEND, torch.__version__, "cpu", "fp32")
+        self.info = SessionInfo(BACKEND, str(torch.__version__), "cpu", "fp32")
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """Return the logits; see :class:`~policy_server.backends.base.Session`."""
