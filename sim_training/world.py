@@ -112,8 +112,12 @@ class World:
         self._bodies: dict[str, Any] = {}
         self._cameras: dict[str, Any] = {}
 
-    def reset(self, seed: int) -> None:
-        """Begin the episode ``seed``: build the scene, put the arms at home, let things settle.
+    def reset(self, seed: int, positions: ArrayLike | None = None) -> None:
+        """Begin the episode ``seed``: build the scene, place the arms, let things settle.
+
+        Args:
+            seed: decides where things stand, and all that is random.
+            positions: (D,) where the arms are; at home by default.
 
         Raises:
             UnavailableError: pictures are wanted and no graphics driver works.
@@ -137,7 +141,10 @@ class World:
             self._add_lights(variation)
             for camera, shift in zip(self.embodiment.cameras, variation.cameras, strict=True):
                 self._add_camera(camera, shift)
-        self.set_targets(self.embodiment.home())
+        start = self.embodiment.home() if positions is None else np.asarray(positions, dtype=np.float64)
+        for arm, (_, part) in zip(self._arms, self.embodiment.slices(), strict=True):
+            arm.place(start[part])
+        self.set_targets(start)
         self._scene_steps(_SETTLE_STEPS)
         self._steps = 0
         self._judge: Judge = self.task.judge(self)
@@ -235,10 +242,25 @@ class World:
             EmbodimentError: there is no such camera.
             UnavailableError: the world was made without cameras.
         """
+        self.expose(camera)
+        return self.develop(camera)
+
+    def expose(self, camera: str) -> None:
+        """Begin a picture of the world as it is now; drawing goes on beside the caller.
+
+        Raises:
+            EmbodimentError: there is no such camera.
+            UnavailableError: the world was made without cameras.
+        """
         self.embodiment.camera(camera)
         if not self._render:
             raise UnavailableError("this world was made without cameras", "make it with render=True")
-        return self._picture(self._cameras[camera])
+        self._scene.update_render()
+        self._cameras[camera].take_picture()
+
+    def develop(self, camera: str) -> NDArray[np.uint8]:
+        """Return the picture that was last exposed; waits until it is drawn. See :meth:`render`."""
+        return _rgb(self._cameras[camera])
 
     def move_camera(self, camera: str, position_m: ArrayLike, look_at_m: ArrayLike) -> None:
         """Move a camera of the embodiment; "up" in its picture is towards world +z."""
@@ -257,15 +279,11 @@ class World:
         entity.pose = _look_at(position_m, look_at_m)
         self._scene.add_entity(entity)
         try:
-            return self._picture(component)
+            self._scene.update_render()
+            component.take_picture()
+            return _rgb(component)
         finally:
             self._scene.remove_entity(entity)
-
-    def _picture(self, component: Any) -> NDArray[np.uint8]:
-        self._scene.update_render()
-        component.take_picture()
-        colour = component.get_picture("Color")[..., :3]
-        return np.round(np.clip(colour, 0, 1) * 255).astype(np.uint8)
 
     def _scene_steps(self, n: int) -> None:
         for _ in range(n):
@@ -404,11 +422,13 @@ class _SimulatedArm:
                 _FINGER_STIFFNESS_N_M, _FINGER_DAMPING_NS_M, _FINGER_FORCE_N, mode="force"
             )
         self._drives = [joints[i] for i in (*self._revolute, *sliding)]
-        home = np.zeros(len(joints))
-        home[self._revolute] = arm.home_rad
-        home[sliding] = arm.home_gripper_m / 2
-        articulation.set_qpos(home)
         self._tool = articulation.find_link_by_name(arm.tool_link)
+
+    def place(self, values: Array) -> None:
+        joints = np.zeros(len(self._drives))
+        joints[self._revolute] = values[:-1]
+        joints[self._sliding] = values[-1] / 2
+        self._articulation.set_qpos(joints)
 
     def set_targets(self, values: Array) -> None:
         half = values[-1] / 2
@@ -440,6 +460,11 @@ class _SimulatedArm:
             )
             for shape in link.collision_shapes:
                 shape.physical_material = material
+
+
+def _rgb(component: Any) -> NDArray[np.uint8]:
+    colour = component.get_picture("Color")[..., :3]
+    return np.round(np.clip(colour, 0, 1) * 255).astype(np.uint8)
 
 
 def _new_scene(render: bool) -> Any:
