@@ -50,7 +50,42 @@ class Trajectory:
 
     def times(self) -> Vector:
         """Return (K,) when each target is to be reached, s."""
-        return self.start_s + self.dt_s * np.arange(1, len(self.targets) + 1)
+        return self.start_s + self.dt_s * np.arange(1, len(self.targets) + 1, dtype=np.float64)
+
+
+def smooth_move(
+    start: Vector,
+    goal: Vector,
+    *,
+    speed: Vector,
+    acceleration: Vector,
+    dt_s: float,
+    start_s: float,
+    stamp_ns: int,
+) -> Trajectory:
+    """Return the minimum-jerk move from ``start`` to ``goal``, all joints arriving together.
+
+    Its peak velocity is 15/8 d/T and its peak acceleration 10/sqrt(3) d/T^2 (Flash and Hogan 1985).
+
+    Args:
+        start: (D,) positions to set out from; rad and m.
+        goal: (D,) positions to end at.
+        speed: (D,) what no joint exceeds; rad/s and m/s.
+        acceleration: (D,) likewise; rad/s2 and m/s2.
+        dt_s: spacing of the targets, s.
+        start_s: when to set out, s of the player's clock.
+        stamp_ns: names the trajectory.
+    """
+    distance = np.abs(goal - start)
+    duration_s = max(
+        float((1.875 * distance / speed).max()),
+        float(np.sqrt(10 / np.sqrt(3) * distance / acceleration).max()),
+        2 * dt_s,
+    )
+    count = int(np.ceil(duration_s / dt_s))
+    s = np.arange(1, count + 1)[:, None] / count
+    blend = s**3 * (10 - 15 * s + 6 * s**2)
+    return Trajectory(start_s, dt_s, start + (goal - start) * blend, stamp_ns)
 
 
 class ChunkPlayer:

@@ -141,6 +141,18 @@ class Limiter:
         """The last setpoint (D,), None before the first."""
         return self._position
 
+    @property
+    def resting(self) -> bool:
+        """Whether the last setpoint was the same as the one before."""
+        return not self._velocity.any()
+
+    def rest(self) -> Vector:
+        """Return (D,) where the setpoint comes to rest if it brakes now; zeros before a start."""
+        if self._position is None:
+            return np.zeros_like(self._lower)
+        distance = self._velocity * np.abs(self._velocity) / (2 * self._max_acceleration)
+        return np.clip(self._position + distance, self._lower, self._upper)
+
     def reset(self, measured: ArrayLike) -> SafeSetpoint:
         """Start, at rest, from the measured pose (D,) and return it as the first setpoint.
 

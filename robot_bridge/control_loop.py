@@ -1,0 +1,344 @@
+"""The loop that moves the arms: states in, setpoints out, 200 times a second, one thread for all arms.
+
+Each tick reads every arm, asks the player what is wanted, passes that through the limits and sends what
+comes out. Everything else (ROS, services, trajectories) talks to it through methods that any thread
+may call. What it does on a fault:
+
+===================================  =======================================================
+no trajectory, or its end            the arms hold the last setpoint
+joint feedback older than a bound    brake, hold, forget what was to be played, take nothing new
+motors lost power, an arm stopped    as above, until someone enables the arms again
+emergency stop                       the arms' own damped stop, repeated until they confirm; latched
+closing                              brake, hold, and leave the arms holding
+===================================  =======================================================
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from robot_bridge.chunk_execution import ChunkPlayer, Trajectory, smooth_move
+from robot_bridge.limits import Limiter, LimitEvent, Vector
+from simplevla.embodiment import Embodiment
+from simplevla.errors import SimplevlaError, UnavailableError
+
+if TYPE_CHECKING:
+    from robot_bridge.drivers.piper import ArmState, PiperDriver
+
+logger = logging.getLogger(__name__)
+
+_HOME_SPEED = 0.3  # of the limits, on the way home
+_HOME_PATIENCE_S = 3.0
+_BRAKE_PATIENCE_S = 1.5
+_PERIODS_KEPT = 400
+_REPEAT_STOP = 20  # turns
+_OFF = "motors are off: enable the arms"
+
+
+class Mode(str, Enum):
+    """What the loop does with the arms."""
+
+    OFF = "off"  # motors as they were found; nothing is sent
+    ON = "on"  # playing and holding
+    FAULT = "fault"  # holding; nothing new is taken until the arms are enabled again
+    STOPPED = "stopped"  # after an emergency stop; only a person resets the arms
+
+
+@dataclass(frozen=True)
+class Tick:
+    """What one turn of the loop saw and did.
+
+    Attributes:
+        index: how many turns were due before it.
+        stamp_ns: when the setpoints had been sent, ns of the system clock.
+        states: of each arm, in the embodiment's order.
+        sent: (D,) what was really sent; None if nothing was.
+        events: what the limits changed.
+        playing: stamp of the newest trajectory that has begun; None in a hold.
+        consumed: how many of its targets were played so far.
+    """
+
+    index: int
+    stamp_ns: int
+    states: tuple[ArmState, ...]
+    sent: Vector | None
+    events: tuple[LimitEvent, ...]
+    playing: int | None
+    consumed: int
+
+
+@dataclass(frozen=True)
+class Health:
+    """How the loop is.
+
+    Attributes:
+        reason: why it is in a mode that takes no trajectories; empty otherwise.
+        period_p50_ms, period_p99_ms: time between turns over the last seconds.
+        missed: turns that were left out because the machine was late, since the start.
+        limits: {cause: setpoints it changed since the start}.
+    """
+
+    mode: Mode
+    reason: str
+    period_p50_ms: float
+    period_p99_ms: float
+    missed: int
+    limits: dict[str, int]
+
+
+class ControlLoop:
+    """Owns the thread. A context manager; the drivers must stay open around it.
+
+    Args:
+        embodiment: the robot.
+        drivers: one open driver for each arm, in the embodiment's order.
+        limiter: the limits.
+        on_tick: called in the loop's thread after each turn; must be quick.
+        max_feedback_age_s: joint feedback older than this means that the arms hold.
+    """
+
+    def __init__(
+        self,
+        embodiment: Embodiment,
+        drivers: Sequence[PiperDriver],
+        limiter: Limiter,
+        on_tick: Callable[[Tick], None],
+        *,
+        max_feedback_age_s: float = 0.1,
+    ) -> None:
+        self._embodiment = embodiment
+        self._arms = [
+            (driver, part) for driver, (_, part) in zip(drivers, embodiment.slices(), strict=True)
+        ]
+        self._limiter = limiter
+        self._player = ChunkPlayer(np.zeros(embodiment.dimension))
+        self._on_tick = on_tick
+        self._max_age_s = max_feedback_age_s
+        self._period_s = 1.0 / embodiment.control_rate_hz
+        self._lock = threading.Lock()  # guards the mode and the player; never held while sending
+        self._mode = Mode.OFF
+        self._reason = _OFF
+        self._periods: deque[float] = deque(maxlen=_PERIODS_KEPT)
+        self._missed = 0
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="control-loop", daemon=True)
+
+    def __enter__(self) -> ControlLoop:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Brake, hold, and end the thread. The arms go on holding."""
+        self.hold()
+        deadline = time.monotonic() + _BRAKE_PATIENCE_S
+        while self._mode in (Mode.ON, Mode.FAULT) and not self._limiter.resting and self._thread.is_alive():
+            if time.monotonic() > deadline:
+                logger.warning("the arms were still moving when the loop ended")
+                break
+            time.sleep(self._period_s)
+        self._closing.set()
+        self._thread.join()
+
+    def enable(self) -> None:
+        """Power the motors at the measured pose and take trajectories from then on. Takes seconds.
+
+        Raises:
+            UnavailableError: an arm does not come on, is stopped, or is silent.
+            LimitsError: an arm stands outside its limits.
+        """
+        with self._lock:
+            if self._mode is Mode.ON:
+                return
+            before, self._mode, self._reason = self._mode, Mode.OFF, "the arms are being enabled"
+        try:
+            for driver, _ in self._arms:
+                driver.enable()
+            measured = np.concatenate([driver.state().position for driver, _ in self._arms])
+            with self._lock:
+                start = self._limiter.reset(measured)
+                self._player.hold(start.positions)
+                self._mode, self._reason = Mode.ON, ""
+        except SimplevlaError as error:
+            with self._lock:
+                self._mode = Mode.STOPPED if before is Mode.STOPPED else Mode.OFF
+                self._reason = f"not enabled: {error.message}"
+            raise
+        logger.info("enabled: holding the measured pose")
+
+    def disable(self) -> None:
+        """Cut the motors' power: **the arms drop**. Only for a person, with the arms supported."""
+        with self._lock:
+            self._mode, self._reason = Mode.OFF, _OFF
+        for driver, _ in self._arms:
+            driver.disable()
+
+    def reset(self) -> None:
+        """Clear a stop or a fault; cuts power, **the arms drop**. Only for a person, as above."""
+        with self._lock:
+            self._mode, self._reason = Mode.OFF, _OFF
+        for driver, _ in self._arms:
+            driver.reset()
+
+    def stop(self) -> None:
+        """Stop all arms now, in their own damped way, until they are reset and enabled."""
+        with self._lock:
+            self._mode, self._reason = Mode.STOPPED, "emergency stop: reset the arms, then enable them"
+        self._stop_all([False] * len(self._arms))
+
+    def hold(self) -> None:
+        """Brake and stay; what was to be played is forgotten."""
+        with self._lock:
+            self._player.hold(self._limiter.rest())
+
+    def play(self, trajectory: Trajectory) -> int:
+        """Play ``trajectory``, whose times are on the monotonic clock; see :meth:`ChunkPlayer.offer`.
+
+        Raises:
+            ChunkError: it is stale or does not fit.
+            UnavailableError: the arms do not take trajectories now.
+        """
+        with self._lock:
+            if self._mode is not Mode.ON or self._reason:
+                raise UnavailableError(self._reason or "the arms are off", "see the arms' diagnostics")
+            return self._player.offer(trajectory, time.monotonic())
+
+    def go_home(self) -> None:
+        """Move smoothly to the rest position and return when the arms are there.
+
+        Raises:
+            UnavailableError: the arms are not on, or did not arrive.
+        """
+        home, limiter = self._embodiment.home(), self._limiter
+        with self._lock:
+            if limiter.position is None or self._mode is not Mode.ON or self._reason:
+                raise UnavailableError(self._reason or "the arms are off", "see the arms' diagnostics")
+            self._player.hold(limiter.rest())
+            now_s = time.monotonic()
+            move = smooth_move(
+                limiter.rest(),
+                home,
+                dt_s=self._period_s,
+                start_s=now_s,
+                stamp_ns=time.time_ns(),
+                speed=_HOME_SPEED * self._embodiment.velocity_limits(),
+                acceleration=_HOME_SPEED * self._embodiment.acceleration_limits(),
+            )
+            self._player.offer(move, now_s)
+        deadline = move.times()[-1] + _HOME_PATIENCE_S
+        while time.monotonic() < deadline:
+            time.sleep(0.02)
+            with self._lock:
+                if self._mode is not Mode.ON or self._reason:
+                    raise UnavailableError(f"not home: {self._reason}", "see the arms' diagnostics")
+                if limiter.resting and np.array_equal(limiter.position, home):
+                    return
+        raise UnavailableError("the arms did not get home", "see the limit events: something is in the way")
+
+    def health(self) -> Health:
+        """Return how the loop is."""
+        periods_ms = 1e3 * np.array(list(self._periods) or [0.0])
+        p50, p99 = np.percentile(periods_ms, [50, 99])
+        limits = {cause.value: count for cause, count in list(self._limiter.counts.items())}
+        return Health(self._mode, self._reason, float(p50), float(p99), self._missed, limits)
+
+    def _run(self) -> None:
+        due_s = last_s = time.monotonic()
+        index = 0
+        while not self._closing.is_set():
+            late = max(0, int((time.monotonic() - due_s) / self._period_s))
+            self._missed += late  # left out: the setpoints follow the clock, not the count of turns
+            index += late
+            due_s += late * self._period_s
+            try:
+                self._turn(index, due_s, (1 + late) * self._period_s)
+            except Exception:
+                with self._lock:
+                    if self._mode is not Mode.FAULT:
+                        logger.exception("the control loop failed")
+                    self._fail("the control loop failed: see its log")
+            now_s = time.monotonic()
+            self._periods.append(now_s - last_s)
+            last_s = now_s
+            index += 1
+            due_s += self._period_s
+            self._closing.wait(max(0.0, due_s - time.monotonic()))
+
+    def _turn(self, index: int, t_s: float, dt_s: float) -> None:
+        states = tuple(driver.state() for driver, _ in self._arms)
+        setpoint, playing, consumed = None, None, 0
+        with self._lock:
+            mode = self._judge(states)
+            if mode is Mode.ON or (mode is Mode.FAULT and not self._limiter.resting):
+                measured = np.concatenate([self._trusted(state) for state in states])
+                setpoint = self._limiter.admit(self._player.wanted(t_s), measured, dt_s)
+                playing, consumed = self._player.playing(t_s), self._player.consumed(t_s)
+        sent = None
+        if setpoint is not None:
+            sent = _joined([driver.send(setpoint, part) for driver, part in self._arms])
+        elif mode is Mode.STOPPED and index % _REPEAT_STOP == 0:
+            self._stop_all([state.stopped for state in states])
+        events = setpoint.events if setpoint is not None else ()
+        self._on_tick(Tick(index, time.time_ns(), states, sent, events, playing, consumed))
+
+    def _judge(self, states: Sequence[ArmState]) -> Mode:
+        """Return the mode after what the arms say of themselves; the lock is held."""
+        if self._mode is not Mode.ON:
+            return self._mode
+        names = [arm.name for arm in self._embodiment.arms]
+        for name, state in zip(names, states, strict=True):
+            if state.stopped or not state.enabled:
+                what = "is stopped" if state.stopped else "has lost motor power"
+                self._fail(f"arm {name} {what}: enable the arms again")
+                return self._mode
+        silent = [n for n, state in zip(names, states, strict=True) if state.age_s > self._max_age_s]
+        if silent and not self._reason:
+            self._reason = f"no joint feedback from: {', '.join(silent)}"
+            self._player.hold(self._limiter.rest())
+            logger.error("%s: the arms hold", self._reason)
+        elif not silent and self._reason:
+            logger.warning("joint feedback is back")
+            self._reason = ""
+        return self._mode
+
+    def _fail(self, reason: str) -> None:
+        """Hold until the arms are enabled again; the lock is held."""
+        if self._mode is Mode.ON:
+            logger.error("%s: the arms hold", reason)
+            self._mode, self._reason = Mode.FAULT, reason
+            self._player.hold(self._limiter.rest())
+
+    def _trusted(self, state: ArmState) -> Vector:
+        """Return the measured position, NaN if it is too old to mean anything."""
+        return state.position if state.age_s <= self._max_age_s else np.full_like(state.position, np.nan)
+
+    def _stop_all(self, confirmed: Sequence[bool]) -> None:
+        """Stop every arm that has not confirmed it; one that fails keeps no other from its stop."""
+        errors: list[Exception] = []
+        for (driver, _), done in zip(self._arms, confirmed, strict=True):
+            try:
+                if not done:
+                    driver.stop()
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+
+def _joined(parts: list[Vector | None]) -> Vector | None:
+    whole = [part for part in parts if part is not None]
+    return np.concatenate(whole) if len(whole) == len(parts) else None

@@ -1,0 +1,335 @@
+"""The policy's node: the cameras and the policy server's client in one process.
+
+Frames of the control path stay in this process; what goes over DDS is for people and recordings.
+
+=========================  ==================================================================
+subscribes                 ``joint_states``, ``arms/executed``
+publishes                  ``joint_trajectory`` (a chunk), ``policy/chunks`` (keyed by the
+                           trajectory's stamp: its times and its policy), ``policy/state``
+                           (on change and at 2 Hz), ``<camera>/color/image_raw/compressed``,
+                           ``<camera>/color/camera_info``
+services, std_srvs/Trigger  ``~/start``, ``~/stop``
+parameters set by a trial  ``instruction``, ``episode``, ``step_limit``
+=========================  ==================================================================
+"""
+
+from __future__ import annotations
+
+import array
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import cv2
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticArray
+from numpy.typing import NDArray
+from rclpy.node import Node
+from rclpy.qos import qos_profile_sensor_data
+from sensor_msgs.msg import CameraInfo, CompressedImage, JointState
+from std_msgs.msg import Header
+from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
+
+from policy_server.client import PolicyClient, ServerInfo
+from policy_server.protocol import DEFAULT_ADDRESS
+from robot_bridge.drivers.choice import camera_driver
+from robot_bridge.drivers.realsense import Frame, RealSenseDriver
+from robot_bridge.nodes.process import (
+    declare,
+    destroying,
+    diagnostics,
+    run_node,
+    set_stamp,
+    stamp_ns,
+    status,
+    trigger,
+)
+from robot_bridge.policy_loop import (
+    EpisodeState,
+    JointTimeline,
+    Phase,
+    PlayedChunk,
+    PlayedCounts,
+    PolicyLoop,
+    Request,
+)
+from robot_bridge.rig import load_rig
+from simplevla.embodiment import Camera, Embodiment
+from simplevla.errors import ConfigError, SimplevlaError
+
+logger = logging.getLogger(__name__)
+
+_STEP_LIMIT = 200
+_MAX_STEPS = 100_000
+_STATE_PERIOD_S = 0.05
+_REPEAT_STATE_S = 0.5
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the node until it is asked to end; return the exit status."""
+    return run_node("policy", open_policy, sys.argv if argv is None else argv)
+
+
+@contextmanager
+def open_policy() -> Iterator[PolicyNode]:
+    """Yield the node, connected to its server and with its cameras streaming."""
+    node = PolicyNode()
+    with destroying(node), ExitStack() as resources:
+        rig = load_rig(node.rig_name)
+        embodiment = rig.load_embodiment()
+        client = resources.enter_context(
+            PolicyClient(
+                node.server,
+                embodiment=embodiment,
+                timeout_s=node.server_timeout_s,
+                wait_s=node.server_wait_s,
+            )
+        )
+        needed = [need.name for need in client.info.cameras]
+        streams = choose_cameras(embodiment, node.cameras, needed)
+        cameras = {camera.name: resources.enter_context(camera_driver(rig, camera)) for camera in streams}
+        loop = PolicyLoop(
+            client,
+            {name: cameras[name] for name in needed},
+            node.joints,
+            node.played,
+            node.publish_chunk,
+            lead_s=node.lead_s,
+            timeout_s=node.input_timeout_s,
+        )
+        node.attach(embodiment, client.info, loop)
+        resources.enter_context(loop)
+        for driver in cameras.values():
+            resources.enter_context(node.publishing(driver))
+        yield node
+
+
+def choose_cameras(embodiment: Embodiment, wanted: Sequence[str], needed: Sequence[str]) -> list[Camera]:
+    """Return the cameras to start: those wanted, or all, which must include those the policy needs.
+
+    Raises:
+        ConfigError: one is missing or unknown.
+    """
+    known = [camera.name for camera in embodiment.cameras]
+    names = list(wanted) or known
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"unknown camera {name!r}", f"choose from: {', '.join(known)}")
+    for name in needed:
+        if name not in names:
+            raise ConfigError(f"the policy needs camera {name!r}, which is left out", "start that camera")
+    return [embodiment.camera(name) for name in names]
+
+
+class PolicyNode(Node):
+    """ROS's view of a :class:`~robot_bridge.policy_loop.PolicyLoop` and of the cameras."""
+
+    def __init__(self) -> None:
+        super().__init__("policy")
+        self.rig_name: str = declare(
+            self, "rig", "twin", "name of a rig in config/rig, or a path to a .yaml file"
+        )
+        self.server: str = declare(self, "server", DEFAULT_ADDRESS, "address of the policy server")
+        self.server_timeout_s: float = declare(
+            self, "server_timeout_s", 2.0, "longest wait for an answer, s", low=0.05, high=60
+        )
+        self.server_wait_s: float = declare(
+            self, "server_wait_s", 30.0, "how long the start waits for the server, s", low=0, high=600
+        )
+        cameras: str = declare(
+            self, "cameras", "", "names of the cameras to start, by commas; empty for all"
+        )
+        self.cameras = [name for name in cameras.replace(" ", "").split(",") if name]
+        self.input_timeout_s: float = declare(
+            self,
+            "input_timeout_s",
+            1.0,
+            "longest wait for a picture or joint feedback, s",
+            low=0.05,
+            high=10,
+        )
+        self.lead_s: float = declare(
+            self, "lead_s", 0.005, "how far ahead of now a trajectory starts, s", low=0, high=1
+        )
+        self._jpeg_quality: int = declare(
+            self, "jpeg_quality", 90, "quality of the published pictures, percent", low=1, high=100
+        )
+        declare(self, "instruction", "", "what to do; empty: the policy's only task", changing=True)
+        declare(self, "episode", "", "name of the next episode", changing=True)
+        declare(
+            self,
+            "step_limit",
+            _STEP_LIMIT,
+            "actions at most in an episode",
+            low=1,
+            high=_MAX_STEPS,
+            changing=True,
+        )
+        self.joints = JointTimeline()
+        self.played = PlayedCounts()
+        self._trajectories = self.create_publisher(JointTrajectory, "joint_trajectory", 10)
+        self._chunks = self.create_publisher(DiagnosticArray, "policy/chunks", 50)
+        self._states = self.create_publisher(DiagnosticArray, "policy/state", 10)
+        self._said: tuple[EpisodeState, float] = (EpisodeState(), 0.0)
+
+    def attach(self, embodiment: Embodiment, info: ServerInfo, loop: PolicyLoop) -> None:
+        """Take up work for ``loop``: from now on feedback and services reach it."""
+        self._names = embodiment.names()
+        self._info = info
+        self._loop = loop
+        self.create_subscription(JointState, "joint_states", self._take_joints, 10)
+        self.create_subscription(DiagnosticArray, "arms/executed", self._take_executed, 50)
+        self.create_timer(_STATE_PERIOD_S, self._publish_state)
+        trigger(self, "~/start", self._start)
+        trigger(self, "~/stop", self._stop)
+
+    def publish_chunk(self, chunk: PlayedChunk) -> None:
+        """Hand a chunk to the arms, and tell what it is; in the episode's thread."""
+        message = JointTrajectory(joint_names=self._names)
+        set_stamp(message.header.stamp, chunk.stamp_ns)
+        dt_ns = round(chunk.reply.chunk.dt_s * 1e9)
+        for i, target in enumerate(chunk.actions):
+            point = JointTrajectoryPoint(positions=target.astype(np.float64).tolist())
+            set_stamp(point.time_from_start, (i + 1) * dt_ns)
+            message.points.append(point)
+        self._trajectories.publish(message)
+        publish_ns = time.time_ns()
+        capture_ns = chunk.reply.chunk.capture_ns
+        timing = chunk.reply.timing
+        values = {
+            "index": chunk.index,
+            "first_action": chunk.first_action,
+            "actions": len(chunk.actions),
+            "policy_id": chunk.reply.chunk.policy_id,
+            "capture_ns": capture_ns,
+            "request_ns": chunk.request_ns,
+            "reply_ns": chunk.reply_ns,
+            "publish_ns": publish_ns,
+            "inference_ms": f"{timing.inference_ms:.3f}",
+            "capture_to_request_ms": f"{(chunk.request_ns - capture_ns) / 1e6:.3f}",
+            "request_to_reply_ms": f"{(chunk.reply_ns - chunk.request_ns) / 1e6:.3f}",
+            "reply_to_publish_ms": f"{(publish_ns - chunk.reply_ns) / 1e6:.3f}",
+        }
+        self._chunks.publish(diagnostics(chunk.stamp_ns, status("chunk", "", values)))
+
+    @contextmanager
+    def publishing(self, driver: RealSenseDriver) -> Iterator[None]:
+        """Publish a camera's pictures as JPEG while the block runs."""
+        camera = driver.camera
+        images = self.create_publisher(
+            CompressedImage, f"{camera.name}/color/image_raw/compressed", qos_profile_sensor_data
+        )
+        infos = self.create_publisher(
+            CameraInfo, f"{camera.name}/color/camera_info", qos_profile_sensor_data
+        )
+        info = camera_info(camera)
+        closing = threading.Event()
+
+        def publish() -> None:
+            newest_ns = 0
+            while not closing.is_set():
+                try:
+                    frame = driver.wait_newer(newest_ns, 0.5)
+                except SimplevlaError as error:
+                    logger.debug("%s", error)
+                    continue
+                newest_ns = frame.capture_ns
+                images.publish(compressed_image(frame, camera.frame, self._jpeg_quality))
+                set_stamp(info.header.stamp, frame.capture_ns)
+                infos.publish(info)
+
+        thread = threading.Thread(target=publish, name=f"publish-{camera.name}", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            closing.set()
+            thread.join()
+
+    def _take_joints(self, message: JointState) -> None:
+        if list(message.name) == self._names and len(message.position) == len(self._names):
+            self.joints.add(stamp_ns(message.header.stamp), np.array(message.position))
+
+    def _take_executed(self, message: DiagnosticArray) -> None:
+        for each in message.status:
+            values = {pair.key: pair.value for pair in each.values}
+            if values.get("executed", "").isdigit():
+                self.played.add(stamp_ns(message.header.stamp), int(values["executed"]))
+
+    def _publish_state(self) -> None:
+        now, state = time.monotonic(), self._loop.state
+        if state == self._said[0] and now - self._said[1] < _REPEAT_STATE_S:
+            return
+        self._said = (state, now)
+        values = {
+            "phase": state.phase.value,
+            "episode": state.episode,
+            "actions": state.actions,
+            "failure": state.failure.value,
+            "reason": state.reason,
+            "policy_id": self._info.policy_id,
+        }
+        level = "error" if state.phase is Phase.FAILED else "ok"
+        self._states.publish(
+            diagnostics(time.time_ns(), status("policy", state.reason, values, level=level))
+        )
+
+    def _start(self) -> str:
+        instruction = self.get_parameter("instruction").value or self._only_instruction()
+        request = Request(
+            instruction, self.get_parameter("episode").value, self.get_parameter("step_limit").value
+        )
+        self._loop.start(request)
+        return f"running: {instruction}"
+
+    def _stop(self) -> str:
+        self._loop.stop()
+        return f"stopped after {self._loop.state.actions} actions"
+
+    def _only_instruction(self) -> str:
+        known = self._info.instructions
+        if len(known) != 1:
+            raise ConfigError("no instruction is set", f"set one, such as: {'; '.join(known.values())}")
+        return next(iter(known.values()))
+
+
+def compressed_image(frame: Frame, frame_id: str, quality: int) -> CompressedImage:
+    """Return a frame as a JPEG message."""
+    return CompressedImage(
+        header=_header(frame.capture_ns, frame_id), format="jpeg", data=_jpeg(frame.image, quality)
+    )
+
+
+def camera_info(camera: Camera) -> CameraInfo:
+    """Return the pinhole camera as a message without a stamp."""
+    info = CameraInfo(header=_header(0, camera.frame), width=camera.width, height=camera.height)
+    info.distortion_model = "plumb_bob"
+    info.d = [0.0] * 5
+    info.k = [camera.fx, 0.0, camera.cx, 0.0, camera.fy, camera.cy, 0.0, 0.0, 1.0]
+    info.r = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+    info.p = [camera.fx, 0.0, camera.cx, 0.0, 0.0, camera.fy, camera.cy, 0.0, 0.0, 0.0, 1.0, 0.0]
+    return info
+
+
+def _header(capture_ns: int, frame_id: str) -> Header:
+    header = Header(frame_id=frame_id)
+    set_stamp(header.stamp, capture_ns)
+    return header
+
+
+def _jpeg(image: NDArray[np.uint8], quality: int) -> array.array[int]:
+    done, encoded = cv2.imencode(
+        ".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality]
+    )
+    if not done:
+        raise ConfigError(f"an image of shape {image.shape} could not be encoded", "check the camera")
+    data = array.array("B")  # what rclpy takes without walking through every byte
+    data.frombytes(encoded.tobytes())
+    return data
+
+
+if __name__ == "__main__":
+    sys.exit(main())

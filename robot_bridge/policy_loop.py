@@ -1,0 +1,300 @@
+"""One episode, synchronously: look, ask the policy server, let the arms play the chunk, look again.
+
+The arms hold while the server thinks. What was executed is what the arms say they played, by index;
+no clock is asked. Whatever is lost on the way ends the episode with a failure code and a reason; the
+arms hold by themselves, and the next episode starts afresh.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simplevla.errors import SimplevlaError, UnavailableError
+from simplevla.observation import Observation
+from simplevla.trial import FailureCode
+
+if TYPE_CHECKING:
+    from policy_server.client import PolicyClient, Reply
+    from robot_bridge.drivers.realsense import Frame
+
+logger = logging.getLogger(__name__)
+
+_PLAYED_PATIENCE_S = 0.5
+
+
+class Phase(str, Enum):
+    """Where an episode is; finished means that the step limit was reached."""
+
+    IDLE = "idle"
+    RUNNING = "running"
+    FINISHED = "finished"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class EpisodeState:
+    """What is to be known of the present or the last episode; ``actions`` were executed so far."""
+
+    phase: Phase = Phase.IDLE
+    episode: str = ""
+    actions: int = 0
+    failure: FailureCode = FailureCode.NONE
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an episode is to do: in words, under which name, and for how many actions at most."""
+
+    instruction: str
+    episode: str
+    step_limit: int
+
+
+@dataclass(frozen=True)
+class PlayedChunk:
+    """A chunk on its way to the arms, with its times in ns of the system clock.
+
+    Attributes:
+        index: of the chunk in its episode.
+        first_action: index in the episode of its first action.
+        actions: (K, D) what is left of it under the step limit.
+        stamp_ns: when the arms shall set out; names the trajectory.
+    """
+
+    index: int
+    first_action: int
+    actions: NDArray[np.float32]
+    stamp_ns: int
+    request_ns: int
+    reply_ns: int
+    reply: Reply
+
+
+class Camera(Protocol):
+    """A camera that can be waited for; see :class:`~robot_bridge.drivers.realsense.RealSenseDriver`."""
+
+    def wait_newer(self, capture_ns: int, timeout_s: float) -> Frame:
+        """Return the newest picture exposed after ``capture_ns``, or raise UnavailableError."""
+        ...
+
+
+class JointTimeline:
+    """Measured positions by stamp: added in one thread, waited for in another."""
+
+    def __init__(self, length: int = 400) -> None:
+        self._news = threading.Condition()
+        self._values: deque[tuple[int, NDArray[np.float64]]] = deque(maxlen=length)
+
+    def add(self, stamp_ns: int, positions: NDArray[np.float64]) -> None:
+        """Take note of the positions (D,) at ``stamp_ns``."""
+        with self._news:
+            self._values.append((stamp_ns, positions))
+            self._news.notify_all()
+
+    def at(self, stamp_ns: int, timeout_s: float) -> NDArray[np.float64]:
+        """Return the first positions (D,) that are not older than ``stamp_ns``, once there are any.
+
+        Raises:
+            UnavailableError: none came in time.
+        """
+        with self._news:
+            if not self._news.wait_for(lambda: self._values and self._values[-1][0] >= stamp_ns, timeout_s):
+                raise UnavailableError(
+                    f"no joint feedback for {timeout_s:g} s", "see the arms' diagnostics"
+                )
+            return next(positions for stamp, positions in self._values if stamp >= stamp_ns)
+
+
+class PlayedCounts:
+    """How many targets of each trajectory the arms say they have played."""
+
+    def __init__(self, length: int = 16) -> None:
+        self._news = threading.Condition()
+        self._counts: deque[tuple[int, int]] = deque(maxlen=length)
+
+    def add(self, stamp_ns: int, count: int) -> None:
+        """Take note that ``count`` targets of the trajectory with this stamp were played."""
+        with self._news:
+            if not (self._counts and self._counts[-1][0] == stamp_ns):
+                self._counts.append((stamp_ns, count))
+            self._counts[-1] = (stamp_ns, count)
+            self._news.notify_all()
+
+    def wait(self, stamp_ns: int, count: int, timeout_s: float) -> int | None:
+        """Return how many were played, as soon as it is ``count`` or time is up; None if it never began."""
+        with self._news:
+            self._news.wait_for(lambda: self._of(stamp_ns) == count, timeout_s)
+            return self._of(stamp_ns)
+
+    def _of(self, stamp_ns: int) -> int | None:
+        return next((count for stamp, count in self._counts if stamp == stamp_ns), None)
+
+
+class PolicyLoop:
+    """Runs one episode at a time in a thread of its own. A context manager.
+
+    Args:
+        client: connected to the policy server; used by the episode's thread alone.
+        cameras: {camera: its open driver}, at least those that the policy needs.
+        joints: measured positions, as the arms publish them.
+        played: what the arms say they played.
+        publish: hands a chunk to the arms.
+        lead_s: how far ahead of now a trajectory starts, so that it reaches the arms in time.
+        timeout_s: how long to wait for a picture or for joint feedback.
+    """
+
+    def __init__(
+        self,
+        client: PolicyClient,
+        cameras: Mapping[str, Camera],
+        joints: JointTimeline,
+        played: PlayedCounts,
+        publish: Callable[[PlayedChunk], None],
+        *,
+        lead_s: float = 0.005,
+        timeout_s: float = 1.0,
+    ) -> None:
+        self._client = client
+        self._cameras = cameras
+        self._joints = joints
+        self._played = played
+        self._publish = publish
+        self._lead_ns = round(lead_s * 1e9)
+        self._timeout_s = timeout_s
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._changing = threading.Lock()
+        self.state = EpisodeState()
+
+    def __enter__(self) -> PolicyLoop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self, request: Request) -> None:
+        """Begin an episode.
+
+        Raises:
+            UnavailableError: one is running.
+        """
+        with self._changing:
+            if self._thread is not None and self._thread.is_alive():
+                raise UnavailableError(f"episode {self.state.episode!r} is running", "stop it first")
+            self._stopping.clear()
+            self.state = EpisodeState(Phase.RUNNING, request.episode)
+            self._thread = threading.Thread(target=self._run, args=(request,), name="episode", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End the episode, if there is one, and return when it has ended. The last chunk plays out."""
+        with self._changing:
+            self._stopping.set()
+            if self._thread is not None:
+                self._thread.join()
+                self._thread = None
+            if self.state.phase is Phase.RUNNING:
+                self.state = replace(self.state, phase=Phase.IDLE)
+
+    def _run(self, request: Request) -> None:
+        logger.info(
+            "episode %s: %r, at most %d actions", request.episode, request.instruction, request.step_limit
+        )
+        try:
+            index, after_ns = 0, time.time_ns()
+            while not self._stopping.is_set() and self.state.actions < request.step_limit:
+                after_ns = self._one_chunk(request, index, after_ns)
+                index += 1
+        except _LostError as lost:
+            self._fail(lost.failure, str(lost.__cause__))
+        except Exception as error:
+            logger.exception("episode %s", request.episode)
+            self._fail(FailureCode.OTHER, f"{type(error).__name__}: {error}")
+        else:
+            if self.state.actions >= request.step_limit:
+                self.state = replace(self.state, phase=Phase.FINISHED)
+
+    def _one_chunk(self, request: Request, index: int, after_ns: int) -> int:
+        """Observe after ``after_ns``, ask, have the chunk played; return when its last action was due."""
+        first = self.state.actions
+        observation = self._observe(request, after_ns)
+        request_ns = time.time_ns()
+        reply = self._ask(observation)
+        reply_ns = time.time_ns()
+        if self._stopping.is_set():
+            return after_ns
+        actions = reply.chunk.actions[: request.step_limit - first]
+        chunk = PlayedChunk(
+            index, first, actions, time.time_ns() + self._lead_ns, request_ns, reply_ns, reply
+        )
+        self._publish(chunk)
+        ends_ns = chunk.stamp_ns + round(len(actions) * reply.chunk.dt_s * 1e9)
+        self._stopping.wait(max(0, ends_ns - time.time_ns()) / 1e9)
+        self._count_played(chunk)
+        return ends_ns
+
+    def _observe(self, request: Request, after_ns: int) -> Observation:
+        try:
+            frames = {
+                name: camera.wait_newer(after_ns, self._timeout_s) for name, camera in self._cameras.items()
+            }
+        except SimplevlaError as error:
+            raise _LostError(FailureCode.CAMERA_LOST) from error
+        capture_ns = max(frame.capture_ns for frame in frames.values())
+        try:
+            state = self._joints.at(capture_ns, self._timeout_s)
+        except UnavailableError as error:
+            raise _LostError(FailureCode.ARM_LOST) from error
+        return Observation(
+            images={name: frame.image for name, frame in frames.items()},
+            state=state.astype(np.float32),
+            instruction=request.instruction,
+            capture_ns=capture_ns,
+            episode=request.episode,
+            last_action=self.state.actions - 1,
+        )
+
+    def _ask(self, observation: Observation) -> Reply:
+        try:
+            return self._client.act(observation)
+        except UnavailableError as error:
+            raise _LostError(FailureCode.SERVER_LOST) from error
+        except SimplevlaError as error:
+            raise _LostError(FailureCode.OTHER) from error
+
+    def _count_played(self, chunk: PlayedChunk) -> None:
+        """Count what the arms say they played of ``chunk``; a moment later than it was due, if need be."""
+        stopping = self._stopping.is_set()
+        count = len(chunk.actions)
+        played = self._played.wait(chunk.stamp_ns, count, 0.0 if stopping else _PLAYED_PATIENCE_S)
+        if played is None and not stopping:
+            error = UnavailableError(
+                "the arms did not play a trajectory", "see the arms' diagnostics and log"
+            )
+            raise _LostError(FailureCode.ARM_LOST) from error
+        if played != count and not stopping:
+            logger.warning("chunk %d: the arms played %s of %d actions", chunk.index, played, count)
+        self.state = replace(self.state, actions=chunk.first_action + (played or 0))
+
+    def _fail(self, failure: FailureCode, reason: str) -> None:
+        logger.error("episode %s failed: %s", self.state.episode, reason)
+        self.state = replace(self.state, phase=Phase.FAILED, failure=failure, reason=reason)
+
+
+class _LostError(Exception):
+    """Something that an episode needs is gone; the cause says what, in words for a person."""
+
+    def __init__(self, failure: FailureCode) -> None:
+        super().__init__(failure.value)
+        self.failure = failure
