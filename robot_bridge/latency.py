@@ -1,8 +1,9 @@
-"""Where the time goes between an exposure and the first setpoint on the bus that it caused."""
+"""What a recording says of its chunks: how long each took from exposure to bus, and what limits did."""
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,6 +75,12 @@ def read_traces(recording: Recording) -> tuple[ChunkTrace, ...]:
         except (KeyError, ValueError) as error:
             _logger.warning("%s: chunk at %d left out: %s", recording.path, status.stamp_ns, error)
     return tuple(traces)
+
+
+def count_limit_events(recording: Recording) -> dict[str, int]:
+    """Return {cause: how often it began to act on a joint} over a recording."""
+    causes = (status.name.removeprefix("limits: ") for status in recording.statuses.get("arms/limits", ()))
+    return dict(sorted(Counter(causes).items()))
 
 
 def legs_ms(traces: Sequence[ChunkTrace]) -> NDArray[np.float64]:

@@ -82,6 +82,7 @@ def trial_topics(embodiment: Embodiment) -> tuple[RecordedTopic, ...]:
         RecordedTopic("policy/chunks", DIAGNOSTICS),
         RecordedTopic("policy/state", DIAGNOSTICS),
         RecordedTopic("arms/executed", DIAGNOSTICS),
+        RecordedTopic("arms/limits", DIAGNOSTICS),
         RecordedTopic("diagnostics", DIAGNOSTICS),
         *cameras,
     )

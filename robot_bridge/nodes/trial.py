@@ -1,0 +1,203 @@
+"""The trial's side of ROS: hears what the arms and the policy say, and asks them to act.
+
+It runs in the process that makes the trials, spun by a thread of its own, so that a prompt or a
+slow disk in the main thread never keeps a message waiting.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robot_bridge.recording import TopicTap, trial_topics
+from simplevla.embodiment import Embodiment
+from simplevla.errors import MissingExtraError, UnavailableError
+from simplevla.trial import FailureCode
+
+_STILL_WINDOW_S = 0.3
+_STILL_RAD_OR_M = 3e-3
+_SILENT_S = 1.0
+_FAILURES = frozenset(code.value for code in FailureCode)
+
+
+@dataclass(frozen=True)
+class PolicyState:
+    """What the policy node last said of itself.
+
+    Attributes:
+        phase: ``idle``, ``running``, ``finished`` (the step limit was reached) or ``failed``.
+        episode: which one this is about.
+        actions: executed since its start.
+        failure: why it failed.
+        reason: the same in words.
+        heard_s: when this was heard, s of the monotonic clock.
+    """
+
+    phase: str = "unknown"
+    episode: str = ""
+    actions: int = 0
+    failure: FailureCode = FailureCode.NONE
+    reason: str = ""
+    heard_s: float = 0.0
+
+
+class TrialNode:
+    """A ROS node in a thread; a context manager.
+
+    Attributes:
+        tap: hears every topic that a trial records.
+        namespace: of the node.
+    """
+
+    def __init__(self, embodiment: Embodiment) -> None:
+        """Prepare a node for ``embodiment``; nothing is opened yet."""
+        self._embodiment = embodiment
+        self._lock = threading.Lock()
+        self._policy = PolicyState()
+        self._joints: deque[tuple[float, NDArray[np.float64]]] = deque(maxlen=400)
+        self._clients: dict[str, Any] = {}
+
+    def __enter__(self) -> TrialNode:
+        try:
+            import rclpy
+            from diagnostic_msgs.msg import DiagnosticArray
+            from rclpy.executors import SingleThreadedExecutor
+            from rclpy.signals import SignalHandlerOptions
+            from sensor_msgs.msg import JointState
+        except ImportError as error:
+            raise MissingExtraError("rclpy", "ros_wheels") from error
+        self._context = rclpy.Context()
+        rclpy.init(context=self._context, signal_handler_options=SignalHandlerOptions.NO)
+        self._node = rclpy.create_node("trials", context=self._context)
+        self.namespace: str = self._node.get_namespace()
+        self.tap = TopicTap(self._node, trial_topics(self._embodiment))
+        self._node.create_subscription(JointState, "joint_states", self._hear_joints, 10)
+        self._node.create_subscription(DiagnosticArray, "policy/state", self._hear_policy, 10)
+        self._executor = SingleThreadedExecutor(context=self._context)
+        self._executor.add_node(self._node)
+        self._thread = threading.Thread(target=self._executor.spin, name="trial-node", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._executor.shutdown(timeout_sec=2)
+        self._thread.join(2)
+        self._node.destroy_node()
+        self._context.try_shutdown()
+
+    @property
+    def policy(self) -> PolicyState:
+        """What the policy node last said."""
+        with self._lock:
+            return self._policy
+
+    def call(self, service: str, timeout_s: float) -> str:
+        """Call a std_srvs/Trigger service and return its message.
+
+        Args:
+            service: relative name, such as ``arms/go_home``.
+            timeout_s: longest wait for the service to be there and to answer, s.
+
+        Raises:
+            UnavailableError: it is not there, does not answer in time, or says no.
+        """
+        from std_srvs.srv import Trigger
+
+        answer = self._ask(Trigger, service, Trigger.Request(), timeout_s)
+        if not answer.success:
+            raise UnavailableError(f"{service}: {answer.message}")
+        message: str = answer.message
+        return message
+
+    def set_parameters(self, node: str, values: Mapping[str, str | int], timeout_s: float) -> None:
+        """Set parameters of another node.
+
+        Raises:
+            UnavailableError: it is not there, does not answer in time, or refuses one.
+        """
+        from rcl_interfaces.srv import SetParameters
+        from rclpy.parameter import Parameter
+
+        request = SetParameters.Request(
+            parameters=[Parameter(name, value=value).to_parameter_msg() for name, value in values.items()]
+        )
+        answer = self._ask(SetParameters, f"{node}/set_parameters", request, timeout_s)
+        for name, result in zip(values, answer.results, strict=True):
+            if not result.successful:
+                raise UnavailableError(f"{node} refuses its parameter {name}: {result.reason}")
+
+    def _ask(self, kind: Any, service: str, request: Any, timeout_s: float) -> Any:
+        if service not in self._clients:
+            self._clients[service] = self._node.create_client(kind, service)
+        client = self._clients[service]
+        deadline = time.monotonic() + timeout_s
+        if not client.wait_for_service(timeout_sec=timeout_s):
+            raise UnavailableError(f"nothing offers the service {service}", "start the stack: simplevla up")
+        answered = threading.Event()
+        future = client.call_async(request)
+        future.add_done_callback(lambda _: answered.set())
+        if not answered.wait(max(0.1, deadline - time.monotonic())):
+            client.remove_pending_request(future)
+            raise UnavailableError(f"{service} did not answer in {timeout_s:.0f} s", "see that node's log")
+        return future.result()
+
+    def silent_joints(self) -> bool:
+        """Return whether no joint states have come for a second."""
+        with self._lock:
+            return not self._joints or time.monotonic() - self._joints[-1][0] > _SILENT_S
+
+    def wait_for_joints(self, timeout_s: float) -> None:
+        """Wait until joint states come.
+
+        Raises:
+            UnavailableError: none came in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        while self.silent_joints():
+            if time.monotonic() > deadline:
+                raise UnavailableError(
+                    "no joint states from the arms", "start the stack: simplevla up; check ROS_DOMAIN_ID"
+                )
+            time.sleep(0.05)
+
+    def wait_still(self, timeout_s: float) -> bool:
+        """Wait until no joint moves any more; return whether that was in time."""
+        deadline = time.monotonic() + timeout_s
+        since = time.monotonic()
+        while time.monotonic() < deadline:
+            time.sleep(0.05)
+            with self._lock:
+                recent = [p for t, p in self._joints if t > max(since, time.monotonic() - _STILL_WINDOW_S)]
+            whole = time.monotonic() - since > _STILL_WINDOW_S and len(recent) > 5
+            if whole and np.ptp(recent, axis=0).max() < _STILL_RAD_OR_M:
+                return True
+        return False
+
+    def _hear_joints(self, message: Any) -> None:
+        with self._lock:
+            self._joints.append((time.monotonic(), np.asarray(message.position, dtype=np.float64)))
+
+    def _hear_policy(self, message: Any) -> None:
+        for status in message.status[:1]:
+            values = {pair.key: pair.value for pair in status.values}
+            count, failure = values.get("actions", ""), values.get("failure", "")
+            state = PolicyState(
+                phase=values.get("state", ""),
+                episode=values.get("episode", ""),
+                actions=int(count) if count.isdecimal() else 0,
+                failure=FailureCode(failure) if failure in _FAILURES else FailureCode.OTHER,
+                reason=status.message,
+                heard_s=time.monotonic(),
+            )
+            with self._lock:
+                self._policy = state
