@@ -79,7 +79,7 @@ def compile_bundle(
         try:
             return find_engine(bundle, backend)
         except EngineError as error:
-            _log.debug("building an engine: %s", error.message)
+            _log.info("building an engine, half a minute or so: %s", error.message)
     if observations is None:
         observations = plausible_observations(bundle.manifest, count=32, seed=0)
     key = engine_key(bundle, backend)
