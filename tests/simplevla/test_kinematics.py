@@ -75,14 +75,20 @@ def test_forward_is_the_vendors_dh_table(q):
     assert angle_rad < np.deg2rad(0.02)
 
 
-def test_forward_is_sapiens(tmp_path: Path):
+@pytest.fixture
+def sapien_arm(tmp_path: Path):
+    """The arm in a SAPIEN scene that computes physics alone, so that no renderer is needed."""
     sapien = pytest.importorskip("sapien")
     physics_only = tmp_path / "piper.urdf"
     physics_only.write_text(re.sub(r"<visual>.*?</visual>", "", URDF.read_text(), flags=re.DOTALL))
     scene = sapien.Scene([sapien.physx.PhysxCpuSystem()])
     loader = scene.create_urdf_loader()
     loader.fix_root_link = True
-    arm = loader.load(str(physics_only))
+    return scene, loader.load(str(physics_only))
+
+
+def test_forward_is_sapiens(sapien_arm):
+    _, arm = sapien_arm
     assert [joint.name for joint in arm.get_active_joints()] == [f"joint{i}" for i in range(1, 9)]
     np.testing.assert_allclose(
         [joint.limits[0] for joint in arm.get_active_joints()[:6]],
@@ -102,6 +108,34 @@ def test_forward_is_sapiens(tmp_path: Path):
             name: np.linalg.inv(links["tool"]) @ links[name][:, 3] for name in ("finger1", "finger2")
         }
         assert in_tool["finger2"][1] - in_tool["finger1"][1] == pytest.approx(opening, abs=1e-5)
+
+
+def test_links_do_not_touch_each_other_where_the_arm_works(sapien_arm):
+    scene, arm = sapien_arm
+    home = np.array(ARM.home_rad)
+    target = TOOL.forward(home)
+    poses = [home, np.zeros(6)]
+    for target[:3, 3] in ([x, y, z] for x in (0.3, 0.5) for y in (-0.2, 0.2) for z in (0.02, 0.19)):
+        poses.append(TOOL.inverse_nearest(target, home, LOWER, UPPER))
+    for q in poses:
+        for opening in (0.01, 0.07):
+            arm.set_qpos(np.append(q, [opening / 2, opening / 2]).astype(np.float32))
+            arm.set_qvel(np.zeros(8, dtype=np.float32))
+            scene.step()
+            touching = {
+                tuple(body.entity.name for body in contact.bodies)
+                for contact in scene.get_contacts()
+                if any(point.separation < 0 for point in contact.points)
+            }
+            assert not touching
+
+
+def test_a_wrist_bent_into_the_base_does_touch(sapien_arm):
+    """So that the test above could fail: bending joint 5 down at zero drives the wrist into the base."""
+    scene, arm = sapien_arm
+    arm.set_qpos(np.array([0, 0, 0, 0, 1.2, 0, 0.035, 0.035], dtype=np.float32))
+    scene.step()
+    assert any(point.separation < 0 for contact in scene.get_contacts() for point in contact.points)
 
 
 def test_urdf_limits_are_the_embodiments():
