@@ -1,0 +1,174 @@
+"""The twin's control endpoint: reset the scene, ask how the task stands, shut the twin down.
+
+One request, one answer, as JSON over ZMQ on loopback. It stands where a person stands on a robot:
+nothing that moves an arm goes this way.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from simplevla.errors import MissingExtraError, UnavailableError
+from simplevla.trial import FailureCode, Strategy
+
+MAX_MESSAGE_BYTES = 1 << 16
+
+Seed = Annotated[int, Meta(ge=0, lt=1 << 31)]
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", kw_only=True):
+    """Base of all messages, told apart by ``type``."""
+
+
+class Reset(Message, frozen=True, tag="reset"):
+    """Place the objects as ``seed`` says, of ``task`` or of the present one. Answer: TwinStatus.
+
+    The arms stay where they are, as when a person sets the scene up, unless ``arms_home``: then they
+    are at home the next moment, which no metal can do.
+    """
+
+    seed: Seed
+    task: str = ""
+    arms_home: bool = False
+
+
+class GetStatus(Message, frozen=True, tag="get_status"):
+    """Ask how the task stands. Answer: TwinStatus."""
+
+
+class Shutdown(Message, frozen=True, tag="shutdown"):
+    """End the twin. Answer: TwinStatus, the last."""
+
+
+class TwinStatus(Message, frozen=True, tag="status"):
+    """How the task stands.
+
+    Attributes:
+        task: the scene's task.
+        seed: of the last reset.
+        time_s: simulated time since then.
+        real_time_factor: simulated time over wall time, over the last second; 1 when it keeps up.
+        real_time_factor_since_reset: the same since the reset.
+        success: whether the task was fulfilled at any moment since the reset.
+        success_time_s: simulated time of that moment; None before.
+        strategy: how the object was moved, until success.
+        failure: why the task is not fulfilled; ``none`` after success.
+    """
+
+    task: str
+    seed: int
+    time_s: float
+    real_time_factor: float
+    real_time_factor_since_reset: float
+    success: bool
+    success_time_s: float | None
+    strategy: Strategy
+    failure: FailureCode
+
+
+class Refused(Message, frozen=True, tag="refused"):
+    """The request was not followed, and why."""
+
+    message: str
+    remedy: str = ""
+
+
+_REQUESTS = msgspec.json.Decoder(Reset | GetStatus | Shutdown)
+_ANSWERS = msgspec.json.Decoder(TwinStatus | Refused)
+_encode = msgspec.json.encode
+
+
+def decode_request(data: bytes) -> Reset | GetStatus | Shutdown:
+    """Return a request.
+
+    Raises:
+        msgspec.DecodeError: it is none.
+    """
+    return _REQUESTS.decode(data)
+
+
+class TwinControl:
+    """A client of the twin's control endpoint. A context manager; each call waits for its answer.
+
+    Args:
+        address: the endpoint, ``tcp://127.0.0.1:<port>``.
+        timeout_s: how long to wait for an answer; a reset may take ten seconds on top.
+    """
+
+    def __init__(self, address: str, timeout_s: float = 2.0) -> None:
+        self.address = address
+        self._timeout_s = timeout_s
+        self._socket: Any = None
+
+    def __enter__(self) -> TwinControl:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; a later call opens it again."""
+        if self._socket is not None:
+            self._socket.close(linger=0)
+            self._socket = None
+
+    def reset(self, seed: int, *, task: str = "", arms_home: bool = False) -> TwinStatus:
+        """Set the scene up as ``seed`` says; see :class:`Reset`.
+
+        Raises:
+            UnavailableError: nobody answers in time, or the twin refuses; the message says why.
+        """
+        return self._ask(Reset(seed=seed, task=task, arms_home=arms_home), self._timeout_s + 10.0)
+
+    def status(self) -> TwinStatus:
+        """Return how the task stands.
+
+        Raises:
+            UnavailableError: nobody answers in time.
+        """
+        return self._ask(GetStatus(), self._timeout_s)
+
+    def shutdown(self) -> TwinStatus:
+        """End the twin process.
+
+        Raises:
+            UnavailableError: nobody answers in time.
+        """
+        return self._ask(Shutdown(), self._timeout_s)
+
+    def _ask(self, request: Reset | GetStatus | Shutdown, timeout_s: float) -> TwinStatus:
+        zmq = _library()
+        if self._socket is None:
+            self._socket = zmq.Context.instance().socket(zmq.REQ)
+            self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+            self._socket.connect(self.address)
+        self._socket.send(_encode(request))
+        if not self._socket.poll(round(timeout_s * 1000)):
+            self.close()  # a request without its answer leaves a REQ socket unusable
+            raise UnavailableError(
+                f"the twin at {self.address} does not answer within {timeout_s:g} s",
+                "start it: simplevla twin",
+            )
+        try:
+            answer = _ANSWERS.decode(self._socket.recv())
+        except msgspec.DecodeError as error:
+            raise UnavailableError(
+                f"what answers at {self.address} is no twin: {error}", "correct twin.control in the rig"
+            ) from error
+        if isinstance(answer, Refused):
+            raise UnavailableError(answer.message, answer.remedy)
+        return answer
+
+
+def _library() -> Any:
+    try:
+        import zmq
+    except ImportError as error:
+        raise MissingExtraError("pyzmq", "robot") from error
+    return zmq
