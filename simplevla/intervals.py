@@ -29,7 +29,9 @@ def wilson(successes: int, trials: int, confidence: float = 0.95) -> Rate:
     Raises:
         ValueError: not 0 <= successes <= trials.
     """
-    if trials == 0 and successes == 0:
+    if not 0 <= successes <= trials:
+        raise ValueError(f"{successes} successes of {trials} trials cannot be")
+    if trials == 0:
         return Rate(0, 0, 0.0, 0.0, 1.0)
     interval = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
     return Rate(successes, trials, successes / trials, float(interval.low), float(interval.high))
