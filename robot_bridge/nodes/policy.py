@@ -57,6 +57,7 @@ from robot_bridge.policy_loop import (
     Request,
 )
 from robot_bridge.rig import load_rig
+from simplevla.cli import require_choice
 from simplevla.embodiment import Camera, Embodiment
 from simplevla.errors import ConfigError, SimplevlaError
 
@@ -89,6 +90,8 @@ def open_policy() -> Iterator[PolicyNode]:
             )
         )
         needed = [need.name for need in client.info.cameras]
+        if node.task:
+            require_choice("task", node.task, sorted(client.info.instructions))
         streams = choose_cameras(embodiment, node.cameras, needed)
         cameras = {camera.name: resources.enter_context(camera_driver(rig, camera)) for camera in streams}
         loop = PolicyLoop(
@@ -139,6 +142,9 @@ class PolicyNode(Node):
         self.server_wait_s: float = declare(
             self, "server_wait_s", 30.0, "how long the start waits for the server, s", low=0, high=600
         )
+        self.task: str = declare(
+            self, "task", "", "task whose instruction is the default; empty: the only one"
+        )
         cameras: str = declare(
             self, "cameras", "", "names of the cameras to start, by commas; empty for all"
         )
@@ -157,7 +163,7 @@ class PolicyNode(Node):
         self._jpeg_quality: int = declare(
             self, "jpeg_quality", 90, "quality of the published pictures, percent", low=1, high=100
         )
-        declare(self, "instruction", "", "what to do; empty: the policy's only task", changing=True)
+        declare(self, "instruction", "", "what to do, in words; empty: as the task has it", changing=True)
         declare(self, "episode", "", "name of the next episode", changing=True)
         declare(
             self,
@@ -278,7 +284,7 @@ class PolicyNode(Node):
         )
 
     def _start(self) -> str:
-        instruction = self.get_parameter("instruction").value or self._only_instruction()
+        instruction = self.get_parameter("instruction").value or self._task_instruction()
         request = Request(
             instruction, self.get_parameter("episode").value, self.get_parameter("step_limit").value
         )
@@ -289,8 +295,10 @@ class PolicyNode(Node):
         self._loop.stop()
         return f"stopped after {self._loop.state.actions} actions"
 
-    def _only_instruction(self) -> str:
+    def _task_instruction(self) -> str:
         known = self._info.instructions
+        if self.task:
+            return known[self.task]
         if len(known) != 1:
             raise ConfigError("no instruction is set", f"set one, such as: {'; '.join(known.values())}")
         return next(iter(known.values()))

@@ -1,0 +1,151 @@
+"""``simplevla up``, ``simplevla trial`` and ``simplevla twin``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from robot_bridge.bringup import ARGUMENTS, LOCAL, Settings
+from simplevla.cli import Command, whole_number
+
+_UP_EPILOG = """\
+Starts, in order and each when what it needs is ready: the twin (for a twin's rig), the policy server
+(unless --server names one), the arms' node, the policy's node. Logs go to the run's folder. Ctrl-C ends
+the policy first; the arms brake and hold; the twin ends last. Motors are off until you enable the arms:
+
+  ros2 service call /arms/enable std_srvs/srv/Trigger
+  ros2 service call /arms/go_home std_srvs/srv/Trigger
+  ros2 service call /policy/start std_srvs/srv/Trigger
+  ros2 service call /arms/estop std_srvs/srv/Trigger       the arms' own damped stop
+
+The twin uses ROS_DOMAIN_ID 77 unless you set another, so that it never meets a robot.
+
+examples:
+  simplevla up                                             twin and policy server on this machine
+  simplevla up --rig my_rig.yaml --server tcp://127.0.0.1:5555
+  simplevla up --record true --log-level debug
+"""
+_TRIAL_EPILOG = """\
+Makes trials of a policy, judges and records each, and writes a report. It starts everything that it
+needs on ports of its own, and ends it again. On the twin the simulation judges; on a robot you do.
+The folder of the run gets: one MCAP a trial, index.json, report.html, and logs.
+
+examples:
+  simplevla trial --twin                                   five trials on the twin
+  simplevla trial --twin --trials 20 --seed 500 --out runs/twenty
+  simplevla trial --rig my_rig.yaml --server tcp://127.0.0.1:5555 --operator maria
+  simplevla trial --rig twin --attach                      with a stack that `simplevla up` has started
+"""
+_TWIN_EPILOG = """\
+One simulated world that answers on the rig's CAN ports as Pipers do and feeds its cameras' frames to
+the RealSense SDK. `simplevla up` and `simplevla trial --twin` start it themselves; run it alone to try
+a driver or a node by hand. Prints one line that starts with "ready". Ctrl-C ends it.
+
+examples:
+  simplevla twin
+  simplevla twin --rig twin_single --seed 3
+"""
+
+
+def _configure_up(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _UP_EPILOG
+    for argument in ARGUMENTS:
+        parser.add_argument(
+            f"--{argument.name.replace('_', '-')}",
+            # The command's own --log-level comes before its name and must not be overwritten here.
+            default=argparse.SUPPRESS,
+            choices=argument.choices or None,
+            metavar=None if argument.choices else argument.name.upper(),
+            help=f"{argument.description} (default: {argument.default or 'empty'})",
+        )
+
+
+def _up(args: argparse.Namespace) -> int:
+    from robot_bridge.stack import run_up
+
+    given = {name: value for name, value in vars(args).items() if isinstance(value, str)}
+    return run_up(Settings.from_arguments(given))
+
+
+def _configure_trial(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _TRIAL_EPILOG
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--twin", action="store_true", help="on the twin, the same as --rig twin (the default)"
+    )
+    where.add_argument(
+        "--rig", default="twin", help="name of a rig in config/rig, or a path to a .yaml file"
+    )
+    parser.add_argument("--task", default="move_can_pot", help="what to try (default: move_can_pot)")
+    parser.add_argument(
+        "--bundle", type=Path, help="folder of the policy bundle (default: bundles/<task> that ships)"
+    )
+    parser.add_argument(
+        "--trials", type=whole_number(1, 10_000), default=5, metavar="N", help="how many (default: 5)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=whole_number(0, 2**31 - 1),
+        default=10_000,
+        metavar="N",
+        help="of the first trial; the next have the seeds that follow (default: 10000)",
+    )
+    parser.add_argument(
+        "--step-limit",
+        type=whole_number(1, 100_000),
+        default=200,
+        metavar="N",
+        help="actions after which a trial has failed (default: 200)",
+    )
+    parser.add_argument(
+        "--server",
+        default=LOCAL,
+        metavar="ADDRESS",
+        help=f"'{LOCAL}' starts a policy server; an address uses one that runs (default: {LOCAL})",
+    )
+    parser.add_argument(
+        "--backend",
+        default="onnxruntime",
+        choices=["onnxruntime", "torch"],
+        help="what computes the network in a local server (default: onnxruntime)",
+    )
+    parser.add_argument(
+        "--attach", action="store_true", help="use the stack that `simplevla up` has started"
+    )
+    parser.add_argument("--operator", default="", help="who makes the trials (default: your user name)")
+    parser.add_argument("--out", type=Path, help="folder of the run, new or empty (default: runs/<time>)")
+
+
+def _trial(args: argparse.Namespace) -> int:
+    from robot_bridge.trials import TrialSettings, run_trials
+
+    names = {field.name for field in dataclasses.fields(TrialSettings)}
+    values = {name: value for name, value in vars(args).items() if name in names}
+    values["server"] = None if args.server == LOCAL else args.server
+    return run_trials(TrialSettings(**values))
+
+
+def _configure_twin(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _TWIN_EPILOG
+    parser.add_argument("--rig", default="twin", help="name of a twin's rig, or a path to a .yaml file")
+    parser.add_argument("--task", help="the scene at the start (default: the rig's)")
+    parser.add_argument(
+        "--seed",
+        type=whole_number(0, 2**31 - 1),
+        default=0,
+        metavar="N",
+        help="decides the first scene (default: 0)",
+    )
+
+
+def _twin(args: argparse.Namespace) -> int:
+    from robot_bridge.rig import load_rig
+    from robot_bridge.twin import process
+
+    return process.run(load_rig(args.rig), task=args.task, seed=args.seed)
+
+
+UP = Command("start twin or robot, policy server and bridge, until Ctrl-C", _configure_up, _up)
+TRIAL = Command("make judged, recorded trials of a policy, with a report", _configure_trial, _trial)
+TWIN = Command("run the simulated robot that stands in for the metal", _configure_twin, _twin)

@@ -1,0 +1,244 @@
+"""Runs the processes that :mod:`robot_bridge.bringup` describes: start, watch, end in order.
+
+For machines without ``ros2 launch``; with it, ``launch/bringup.launch.py`` does the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from robot_bridge.bringup import READY, Process, Settings, check, environment, processes
+from robot_bridge.rig import Rig, load_rig, save_rig, with_free_ports
+from simplevla.errors import UnavailableError
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.1
+_PATIENCE_S = ((signal.SIGINT, 8.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 3.0))
+
+
+def run_up(settings: Settings) -> int:
+    """Start everything, say so, and keep it running until Ctrl-C; return the exit status.
+
+    Raises:
+        SimplevlaError: the settings are bad, or a process does not start.
+    """
+    check(settings)
+    with interrupted_by_sigterm():
+        try:
+            with Stack(settings) as stack:
+                names = ", ".join(stack.names)
+                print(f"{READY} {names}; logs in {stack.logs}; end with Ctrl-C", flush=True)
+                stack.wait()
+        except KeyboardInterrupt:
+            print("ended", flush=True)
+            return 0
+        except UnavailableError as error:
+            print(f"simplevla up: {error}", file=sys.stderr)
+    return 1
+
+
+class Stack:
+    """Running processes. A context manager: all are ready inside the block, none is left after it.
+
+    Args:
+        settings: as checked by :func:`robot_bridge.bringup.check`.
+
+    Attributes:
+        rig: the rig that runs.
+        logs: folder with one log for each process.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.rig: Rig = load_rig(settings.rig)
+        self.logs = settings.out / "logs"
+        self._described = processes(settings)
+        self._running: dict[str, _Running] = {}
+
+    def __enter__(self) -> Stack:
+        self.logs.mkdir(parents=True, exist_ok=True)
+        # This process takes part in ROS too: it must be in the same domain as those it starts.
+        os.environ.update(environment(self.settings, self.rig))
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def names(self) -> list[str]:
+        """The processes' names."""
+        return [process.name for process in self._described]
+
+    def check(self) -> None:
+        """Check that everything that is required runs.
+
+        Raises:
+            UnavailableError: a process ended; the message names it and its log.
+        """
+        for running in self._running.values():
+            if running.process.required and running.status is not None:
+                raise running.death()
+
+    def wait(self) -> None:
+        """Return never, until a required process ends.
+
+        Raises:
+            UnavailableError: one did.
+        """
+        while True:
+            self.check()
+            time.sleep(_POLL_S)
+
+    def close(self) -> None:
+        """End every process, in order; one that does not listen is killed."""
+        for running in sorted(self._running.values(), key=lambda r: r.process.stop_order):
+            running.stop()
+        self._running.clear()
+
+    def _start(self) -> None:
+        waiting = list(self._described)
+        while waiting or not all(running.ready for running in self._running.values()):
+            for process in [p for p in waiting if all(self._is_ready(name) for name in p.after)]:
+                self._running[process.name] = _Running(process, self.logs, self._shows_output)
+                waiting.remove(process)
+            for running in self._running.values():
+                running.require_ready_in_time()
+            time.sleep(_POLL_S / 4)
+
+    def _is_ready(self, name: str) -> bool:
+        return name in self._running and self._running[name].ready
+
+    @property
+    def _shows_output(self) -> bool:
+        return self.settings.log_level == "debug"
+
+
+def private(settings: Settings) -> Settings:
+    """Return ``settings`` on ports of their own, so that two runs on one machine do not meet.
+
+    The twin's rig with its new ports is written to the run's folder.
+    """
+    if settings.is_local:
+        settings = dataclasses.replace(settings, address=f"tcp://127.0.0.1:{_free_port()}")
+    rig = load_rig(settings.rig)
+    if not rig.is_twin:
+        return settings
+    path = settings.out / "rig.yaml"
+    save_rig(with_free_ports(rig), path)
+    return dataclasses.replace(settings, rig=str(path))
+
+
+@contextlib.contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does, so that everything is ended in order."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Running:
+    """One child in a process group of its own, so that a Ctrl-C reaches the parent alone."""
+
+    def __init__(self, process: Process, logs: Path, shows_output: bool) -> None:
+        self.process = process
+        self.log = logs / f"{process.name}.log"
+        self._began_s = time.monotonic()
+        self._ready = threading.Event()
+        self._last: deque[str] = deque(maxlen=5)
+        self._shows_output = shows_output
+        self._child = subprocess.Popen(
+            process.command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=os.environ | process.env,
+            start_new_session=True,
+            text=True,
+            errors="replace",
+        )
+        self._reader = threading.Thread(target=self._read, name=f"log-{process.name}", daemon=True)
+        self._reader.start()
+
+    @property
+    def ready(self) -> bool:
+        return self._ready.is_set()
+
+    @property
+    def status(self) -> int | None:
+        return self._child.poll()
+
+    def require_ready_in_time(self) -> None:
+        if self.status is not None and self.process.required:
+            raise self.death()
+        if not self.ready and time.monotonic() - self._began_s > self.process.ready_timeout_s:
+            raise UnavailableError(
+                f"{self.process.name} was not ready within {self.process.ready_timeout_s:g} s",
+                f"see {self.log}",
+            )
+
+    def death(self) -> UnavailableError:
+        self._reader.join(1.0)
+        said = self._last[-1] if self._last else "it said nothing"
+        return UnavailableError(
+            f"{self.process.name} ended with status {self.status}: {said}", f"see {self.log}"
+        )
+
+    def stop(self) -> None:
+        for number, patience_s in _PATIENCE_S:
+            if self.status is not None:
+                break
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._child.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(patience_s)
+        self._reader.join(1.0)
+        logger.debug("%s ended with status %s", self.process.name, self.status)
+
+    def _read(self) -> None:
+        assert self._child.stdout is not None
+        with self.log.open("w", encoding="utf-8") as log, self._child.stdout as lines:
+            for line in lines:
+                log.write(line)
+                log.flush()
+                text = line.rstrip()
+                if text:
+                    self._last.append(text)
+                if self._shows_output:
+                    print(f"[{self.process.name}] {text}", file=sys.stderr, flush=True)
+                if text.startswith(READY) and not self._ready.is_set():
+                    self._ready.set()
+                    logger.info("%s is ready (%.1f s)", self.process.name, time.monotonic() - self._began_s)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
