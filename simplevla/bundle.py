@@ -154,6 +154,7 @@ def write_bundle(
         with whole_directory(path) as scratch:
             tensors = {k: np.ascontiguousarray(v) for k, v in sorted(weights.items())}
             save_file(tensors, scratch / WEIGHTS)
+            (scratch / WEIGHTS).chmod(0o644)  # safetensors writes 0600; a server may be another user
             (scratch / TOKENIZER).write_bytes(tokenizer)
             files = {
                 name: FileEntry((scratch / name).stat().st_size, sha256_file(scratch / name))
@@ -239,7 +240,11 @@ def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
     path = folder / name
     if path.is_symlink() or not path.is_file():
         raise BundleError(f"{path} is missing", "fetch or train the bundle again")
-    if path.stat().st_size != entry.size or sha256_file(path) != entry.sha256:
+    try:
+        same = path.stat().st_size == entry.size and sha256_file(path) == entry.sha256
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}", "correct its permissions") from error
+    if not same:
         raise BundleError(
             f"{path} is not the file the manifest names (size or SHA-256 differs)",
             "it was altered or cut short: fetch or train the bundle again",
