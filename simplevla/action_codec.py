@@ -70,7 +70,7 @@ class ActionCodec:
             ValueError: a bin is out of range.
         """
         index = np.asarray(bins)
-        if index.size and not (0 <= index.min() and index.max() < BINS):
+        if index.size and (index.min() < 0 or index.max() >= BINS):
             raise ValueError(f"bins must be in 0..{BINS - 1}")
         unit = np.where(self.varied, _CENTRES[index], 0.0)
         return 0.5 * (unit + 1) * (self.high - self.low + _EPSILON) + self.low

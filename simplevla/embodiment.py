@@ -152,15 +152,21 @@ class Embodiment(Config):
     def velocity_limits(self) -> NDArray[np.float64]:
         """Return (D,) velocity limits; rad/s and m/s."""
         return np.array(
-            [v for a in self.arms
-             for v in [*(j.max_velocity_rad_s for j in a.joints), a.gripper.max_velocity_m_s]]
+            [
+                v
+                for a in self.arms
+                for v in [*(j.max_velocity_rad_s for j in a.joints), a.gripper.max_velocity_m_s]
+            ]
         )
 
     def acceleration_limits(self) -> NDArray[np.float64]:
         """Return (D,) acceleration limits; rad/s2 and m/s2."""
         return np.array(
-            [v for a in self.arms
-             for v in [*(j.max_acceleration_rad_s2 for j in a.joints), a.gripper.max_acceleration_m_s2]]
+            [
+                v
+                for a in self.arms
+                for v in [*(j.max_acceleration_rad_s2 for j in a.joints), a.gripper.max_acceleration_m_s2]
+            ]
         )
 
     def camera(self, name: str) -> Camera:
