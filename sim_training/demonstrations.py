@@ -23,11 +23,12 @@ from msgspec import Meta
 from numpy.typing import NDArray
 
 from sim_training.randomisation import Randomisation, generator
+from sim_training.seeds import FIRST_EVALUATION_SEED
 from sim_training.tasks import load_task
 from simplevla.embodiment import Embodiment
 from simplevla.errors import ConfigError, RecordError
 from simplevla.files import sha256_file, write_atomic
-from simplevla.trial import Strategy
+from simplevla.trial import FailureCode, Strategy
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +36,9 @@ Array = NDArray[np.float64]
 
 SCHEMA = 1
 MANIFEST = "demonstrations.json"
-FIRST_EVALUATION_SEED = 10_000
 DT_S = 0.1
 
+_LOST = (FailureCode.DROPPED, FailureCode.NOT_UPRIGHT)
 _NOISE_KEY = 100
 _ROTATION_RAD_PER_M = 4.0
 _GRIPPER_PER_M = 0.4
@@ -290,6 +291,8 @@ class _Recorder:
                 actions, success = actions + played.actions, played.success
                 if success:
                     break
+            if world.failure() in _LOST:
+                return None
         if not success:
             return None
         name = f"episode_{seed:06d}.npz"
