@@ -77,7 +77,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.step in PLANNED:
         raise NotBuiltYetError(
             f"`calibrate {args.step}` is planned ({PLANNED[args.step]}) and not built yet",
-            "use the nominal poses of config/embodiment, measured by hand, until then",
+            "until then measure by hand what config/embodiment names, and bring a robot up with "
+            "override_session_record",
         )
     record = load_session_record(args.record)
     print(describe(record, now_ns=time.time_ns()))
