@@ -108,13 +108,13 @@ class Links(html.parser.HTMLParser):
         self.tags: list[str] = []
         self.open: list[str] = []
 
-    def handle_starttag(self, tag, attrs):  # noqa: D102
+    def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         if tag not in self.VOID:
             self.open.append(tag)
         self.links += [value for key, value in attrs if key in {"src", "href"}]
 
-    def handle_endtag(self, tag):  # noqa: D102
+    def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
 
