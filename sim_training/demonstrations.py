@@ -330,7 +330,7 @@ _recorder: _Recorder | None = None
 
 
 def _start_worker(out: Path, settings: Settings) -> None:
-    global _recorder
+    global _recorder  # noqa: PLW0603 (one world for each process of the pool)
     _recorder = _Recorder(out, settings)
 
 

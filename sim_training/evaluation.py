@@ -330,7 +330,7 @@ _bench: Any = None
 
 
 def _start_worker(job: _Job) -> None:
-    global _bench
+    global _bench  # noqa: PLW0603 (one world and one policy for each process of the pool)
     _bench = _Bench(job, job.source())
 
 

@@ -257,7 +257,7 @@ def _check_tensors(path: Path) -> None:
 
     try:
         with safe_open(path, framework="numpy") as tensors:
-            for name in tensors.keys():
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
                 value = tensors.get_tensor(name)
                 if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
                     raise BundleError(f"{path}: tensor {name} is not finite", "train the bundle again")

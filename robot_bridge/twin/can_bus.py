@@ -82,7 +82,7 @@ class TwinCanBus(can.BusABC):
         self._said_s = float("-inf")
         super().__init__(channel=channel, can_filters=can_filters)
 
-    def send(self, msg: can.Message, timeout: float | None = None) -> None:
+    def send(self, msg: can.Message, timeout: float | None = None) -> None:  # noqa: ARG002
         """Send one frame; it is gone if nobody is at the other end, as on a bus without power."""
         if msg.is_extended_id or msg.is_remote_frame or msg.is_fd or msg.arbitration_id > MAX_STANDARD_ID:
             raise can.CanOperationError("the twin's bus carries classic data frames with 11-bit ids only")

@@ -178,5 +178,5 @@ class FrameReader(_Slot):
 def _path(name: str) -> Path:
     if not _NAME.fullmatch(name):
         raise ValueError(f"{name!r} is no name for a slot")
-    folder = Path("/dev/shm")
+    folder = Path("/dev/shm")  # noqa: S108 - memory, not a temporary file; opened exclusively, mode 0600
     return (folder if folder.is_dir() else Path(tempfile.gettempdir())) / name

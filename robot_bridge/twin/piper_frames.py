@@ -96,7 +96,7 @@ class FirmwareQuery:
 Command = Stop | Mode | JointPair | GripperCommand | Enable | LimitQuery | ParameterQuery | FirmwareQuery
 
 
-def decode_command(frame: CanFrame) -> Command | None:
+def decode_command(frame: CanFrame) -> Command | None:  # noqa: PLR0911 - one return a frame
     """Return what a frame asks of the arm, or None where the arm knows no such frame or value."""
     if len(frame.data) != 8:
         return None
