@@ -259,7 +259,11 @@ class TrialRecorder:
 class TopicTap:
     """Subscriptions to every recorded topic, for as long as the node lives.
 
-    Callbacks only stamp and hand on; ``recorder`` is where to, or None between trials.
+    Callbacks only stamp and hand on.
+
+    Attributes:
+        recorder: where to, or None between trials.
+        latest: {topic: (when it was last heard, ns of the system clock; the serialised message)}.
     """
 
     def __init__(
@@ -273,7 +277,7 @@ class TopicTap:
 
         self.topics = tuple(topics)
         self.recorder: TrialRecorder | None = None
-        self.last_heard_ns: dict[str, int] = {}
+        self.latest: dict[str, tuple[int, bytes]] = {}
         self._clock_ns = clock_ns
         for topic in self.topics:
             profile = QoSProfile(
@@ -288,7 +292,7 @@ class TopicTap:
     def _handler(self, name: str) -> Callable[[bytes], None]:
         def hear(data: bytes) -> None:
             now_ns = self._clock_ns()
-            self.last_heard_ns[name] = now_ns
+            self.latest[name] = (now_ns, data)
             recorder = self.recorder
             if recorder is not None:
                 recorder.write(name, data, now_ns)

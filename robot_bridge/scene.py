@@ -68,8 +68,10 @@ class Scene(Protocol):
 class TwinScene:
     """The twin's own scene; a context manager that owns the connection to it."""
 
-    def __init__(self, control: TwinControl) -> None:
+    def __init__(self, control: TwinControl, task: str) -> None:
+        """Reset scenes of ``task`` through ``control``."""
         self._control = control
+        self._task = task
 
     def __enter__(self) -> TwinScene:
         self._control.__enter__()
@@ -85,7 +87,7 @@ class TwinScene:
 
     def reset(self, seed: int) -> None:
         """Place the objects as ``seed`` says; the arms stay where they are."""
-        self._control.reset(seed)
+        self._control.reset(seed, task=self._task)
 
     def watch(self) -> Judgement:
         """Return the simulation's state of the task."""

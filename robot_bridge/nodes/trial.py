@@ -22,9 +22,10 @@ from simplevla.embodiment import Embodiment
 from simplevla.errors import MissingExtraError, UnavailableError
 from simplevla.trial import FailureCode
 
-_STILL_WINDOW_S = 0.3
+_LOOK_PERIOD_S = 0.05
+_STILL_LOOKS = 8
 _STILL_RAD_OR_M = 3e-3
-_SILENT_S = 1.0
+_SILENT_NS = 1_000_000_000
 _FAILURES = frozenset(code.value for code in FailureCode)
 
 
@@ -57,12 +58,12 @@ class TrialNode:
         namespace: of the node.
     """
 
-    def __init__(self, embodiment: Embodiment) -> None:
-        """Prepare a node for ``embodiment``; nothing is opened yet."""
+    def __init__(self, embodiment: Embodiment, namespace: str = "") -> None:
+        """Prepare a node for ``embodiment`` in the stack's namespace; nothing is opened yet."""
         self._embodiment = embodiment
+        self._namespace = namespace
         self._lock = threading.Lock()
         self._policy = PolicyState()
-        self._joints: deque[tuple[float, NDArray[np.float64]]] = deque(maxlen=400)
         self._clients: dict[str, Any] = {}
 
     def __enter__(self) -> TrialNode:
@@ -71,15 +72,13 @@ class TrialNode:
             from diagnostic_msgs.msg import DiagnosticArray
             from rclpy.executors import SingleThreadedExecutor
             from rclpy.signals import SignalHandlerOptions
-            from sensor_msgs.msg import JointState
         except ImportError as error:
             raise MissingExtraError("rclpy", "ros_wheels") from error
         self._context = rclpy.Context()
         rclpy.init(context=self._context, signal_handler_options=SignalHandlerOptions.NO)
-        self._node = rclpy.create_node("trials", context=self._context)
+        self._node = rclpy.create_node("trials", namespace=self._namespace or None, context=self._context)
         self.namespace: str = self._node.get_namespace()
         self.tap = TopicTap(self._node, trial_topics(self._embodiment))
-        self._node.create_subscription(JointState, "joint_states", self._hear_joints, 10)
         self._node.create_subscription(DiagnosticArray, "policy/state", self._hear_policy, 10)
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(self._node)
@@ -153,8 +152,8 @@ class TrialNode:
 
     def silent_joints(self) -> bool:
         """Return whether no joint states have come for a second."""
-        with self._lock:
-            return not self._joints or time.monotonic() - self._joints[-1][0] > _SILENT_S
+        heard_ns, _ = self.tap.latest.get("joint_states", (0, b""))
+        return time.time_ns() - heard_ns > _SILENT_NS
 
     def wait_for_joints(self, timeout_s: float) -> None:
         """Wait until joint states come.
@@ -173,30 +172,33 @@ class TrialNode:
     def wait_still(self, timeout_s: float) -> bool:
         """Wait until no joint moves any more; return whether that was in time."""
         deadline = time.monotonic() + timeout_s
-        since = time.monotonic()
+        poses: deque[NDArray[np.float64]] = deque(maxlen=_STILL_LOOKS)
         while time.monotonic() < deadline:
-            time.sleep(0.05)
-            with self._lock:
-                recent = [p for t, p in self._joints if t > max(since, time.monotonic() - _STILL_WINDOW_S)]
-            whole = time.monotonic() - since > _STILL_WINDOW_S and len(recent) > 5
-            if whole and np.ptp(recent, axis=0).max() < _STILL_RAD_OR_M:
+            poses.append(self._joints())
+            if len(poses) == _STILL_LOOKS and np.ptp(poses, axis=0).max() < _STILL_RAD_OR_M:
                 return True
+            time.sleep(_LOOK_PERIOD_S)
         return False
 
-    def _hear_joints(self, message: Any) -> None:
-        with self._lock:
-            self._joints.append((time.monotonic(), np.asarray(message.position, dtype=np.float64)))
+    def _joints(self) -> NDArray[np.float64]:
+        """Return the positions (D,) that were last heard; NaN, which is never still, if none were."""
+        from rclpy.serialization import deserialize_message
+        from sensor_msgs.msg import JointState
+
+        if self.silent_joints():
+            return np.full(self._embodiment.dimension, np.nan)
+        return np.array(deserialize_message(self.tap.latest["joint_states"][1], JointState).position)
 
     def _hear_policy(self, message: Any) -> None:
         for status in message.status[:1]:
             values = {pair.key: pair.value for pair in status.values}
             count, failure = values.get("actions", ""), values.get("failure", "")
             state = PolicyState(
-                phase=values.get("state", ""),
+                phase=values.get("phase", ""),
                 episode=values.get("episode", ""),
                 actions=int(count) if count.isdecimal() else 0,
                 failure=FailureCode(failure) if failure in _FAILURES else FailureCode.OTHER,
-                reason=status.message,
+                reason=values.get("reason", ""),
                 heard_s=time.monotonic(),
             )
             with self._lock:

@@ -102,7 +102,7 @@ def test_what_is_published_is_read_back(ros, tmp_path):
             time.sleep(0.001)
         chunks.publish(array)
         images.publish(picture)
-        wait_for(lambda: IMAGE in tap.last_heard_ns and "policy/chunks" in tap.last_heard_ns)
+        wait_for(lambda: IMAGE in tap.latest and "policy/chunks" in tap.latest)
         summary = recorder.finish()
         tap.recorder = None
 
@@ -128,7 +128,7 @@ def test_nothing_is_recorded_between_trials(ros, tmp_path):
     tap = TopicTap(ros, TOPICS)
     wait_for(joints.get_subscription_count)
     joints.publish(joint_message(1))
-    wait_for(lambda: "joint_states" in tap.last_heard_ns)
+    wait_for(lambda: "joint_states" in tap.latest)
     with TrialRecorder(tmp_path, "a", TOPICS):
         pass
     assert sum(read_recording(tmp_path / "a").counts.values()) == 0
