@@ -328,7 +328,10 @@ def _render(index: TrialIndex, views: Sequence[TrialView], legs: Sequence[Leg], 
 
 def simulated_rate(evaluation: dict[str, Any]) -> Rate | None:
     """Return the success rate in a bundle's evaluation, or None if it holds none."""
-    wins, episodes = evaluation.get("successes"), evaluation.get("episodes")
+    share = evaluation.get("success")
+    if not isinstance(share, dict):
+        return None
+    wins, episodes = share.get("successes"), share.get("trials")
     if isinstance(wins, int) and isinstance(episodes, int) and 0 <= wins <= episodes and episodes > 0:
         return wilson(wins, episodes)
     return None

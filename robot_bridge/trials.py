@@ -36,7 +36,7 @@ from simplevla import __version__
 from simplevla.bundle import MANIFEST, Bundle, load_bundle
 from simplevla.cli import require_choice
 from simplevla.embodiment import Embodiment, require_same
-from simplevla.errors import ConfigError, RecordError, SimplevlaError, UnavailableError
+from simplevla.errors import BundleError, ConfigError, RecordError, SimplevlaError, UnavailableError
 from simplevla.files import share_dir
 from simplevla.trial import (
     FailureCode,
@@ -447,7 +447,10 @@ def summary(index: TrialIndex, traces: list[ChunkTrace]) -> list[str]:
 
 def _shipped_bundle(task: str) -> Path:
     folder = share_dir() / "bundles"
-    return folder / require_choice("task", task, sorted(p.parent.name for p in folder.glob(f"*/{MANIFEST}")))
+    shipped = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
+    if not shipped:
+        raise BundleError("no policy bundle ships with this installation", "name one with --bundle")
+    return folder / require_choice("task", task, shipped)
 
 
 def _bringup_settings(plan: Plan) -> bringup.Settings:

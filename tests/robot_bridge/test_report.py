@@ -34,7 +34,7 @@ def run_info(**changes) -> RunInfo:
         "task": "move_can_pot", "instruction": "move the can next to the pot", "rig": "twin",
         "embodiment": "piper_dual", "operator": "nobody", "policy_name": "tiny", "policy_id": "ab" * 32,
         "policy_commit": "0123abc", "demonstrations": 300, "backend": "onnxruntime", "step_limit": 200,
-        "started_ns": START_NS, "version": "0.1.0", "evaluation": {"successes": 71, "episodes": 100},
+        "started_ns": START_NS, "version": "0.1.0", "evaluation": {"success": {"successes": 71, "trials": 100}},
     }  # fmt: skip
     return RunInfo(**{**values, **changes})
 
@@ -249,7 +249,7 @@ def test_latency_of_no_chunk_is_nothing():
 
 
 @pytest.mark.parametrize(
-    "evaluation", [{}, {"successes": 3}, {"successes": "3", "episodes": 5}, {"successes": 6, "episodes": 5}]
+    "share", [None, 3, {"successes": 3}, {"successes": "3", "trials": 5}, {"successes": 6, "trials": 5}]
 )
-def test_an_evaluation_without_figures_is_no_rate(evaluation):
-    assert simulated_rate(evaluation) is None
+def test_an_evaluation_without_figures_is_no_rate(share):
+    assert simulated_rate({"success": share}) is None
