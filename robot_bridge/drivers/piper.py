@@ -45,6 +45,7 @@ _STATUS, _JOINTS_12, _JOINTS_34, _JOINTS_56, _GRIPPER = 0x2A1, 0x2A5, 0x2A6, 0x2
 _LOW_SPEED, _FIRMWARE = range(0x261, 0x267), 0x4AF
 _CYCLE_S = 0.004  # the joint frames come every 5 ms; three frames of one cycle lie closer than this
 _ALL_MOTORS = 7
+_MODE_AGAIN_S = 0.1
 _MAX_LAG_S = 1.0  # a larger difference between a frame's stamp and the clock is a clock that jumped
 
 _CAN_CONTROL, _TEACHING, _LEADER = 0x01, 0x02, 0x06
@@ -226,6 +227,7 @@ class PiperDriver:
         """
         self._require_commandable()
         deadline = time.monotonic() + timeout_s
+        self._armed = True
         self._command_measured()
         while not self._stop_sent:
             with self._send_lock:
@@ -234,6 +236,7 @@ class PiperDriver:
             if self._wait_enabled(0.2):
                 break
             if time.monotonic() > deadline:
+                self._armed = False
                 faults = ", ".join(self.state().faults) or "the arm names no fault"
                 raise UnavailableError(
                     f"arm {self.arm.name}: motors did not come on within {timeout_s:g} s ({faults})",
@@ -251,7 +254,7 @@ class PiperDriver:
 
         Returns:
             (7,) what was really sent after rounding to the bus's units, rad and m; None if nothing
-            was sent because the arm is stopped.
+            was sent because the arm is stopped or was not enabled.
 
         Raises:
             TypeError: ``setpoint`` did not come from the limits.
@@ -260,17 +263,18 @@ class PiperDriver:
         if not isinstance(setpoint, SafeSetpoint):
             raise TypeError(f"only a SafeSetpoint may reach the bus, not {type(setpoint).__name__}")
         counts = _to_counts(setpoint.positions[part])
-        return _from_counts(counts) if self._send_counts(counts) else None
+        return _from_counts(counts) if self._command(counts) else None
 
     def hold(self) -> NDArray[np.float64] | None:
         """Send the last setpoint again; see :meth:`send`. None also if none was sent yet."""
         counts = self._sent
-        return _from_counts(counts) if counts is not None and self._send_counts(counts) else None
+        return _from_counts(counts) if self._command(counts) and counts is not None else None
 
     def stop(self) -> None:
-        """Stop now: the arm's own damped descent, motors on. Commands are ignored from here on.
+        """Stop now: the arm's own damped descent, motors on. From here on nothing else is sent.
 
-        Safe to call from any thread and as often as wanted; call it again until ``state().stopped``.
+        Safe to call from any thread and as often as wanted. Until the arm reports that it is stopped,
+        every :meth:`send` and :meth:`hold` repeats the stop, so that a lost frame is made up for.
         To move again: :meth:`reset` with the arm supported, then :meth:`enable`.
         """
         self._stop_sent = True
@@ -281,19 +285,20 @@ class PiperDriver:
 
     def disable(self) -> None:
         """Cut the motors' power: **the arm drops**. Only for a person, with the arm supported."""
+        opening = _to_counts(self.state().position)[JOINTS]
         with self._send_lock:
+            self._armed = False
+            self._sent = None
             self._sdk.DisableArm(_ALL_MOTORS)
-            opening = round(float(self.state().position[JOINTS]) * 1e6)
             self._sdk.GripperCtrl(opening, self._gripper_effort, 0, 0)
-        self._sent = None
         logger.warning("arm %s: disable sent, its motors have no power", self.arm.name)
 
     def reset(self) -> None:
         """Clear a stop or a fault: cuts power, **the arm drops**. Only for a person, as above."""
         with self._send_lock:
+            self._armed = self._stop_sent = False
+            self._sent = None
             self._sdk.EmergencyStop(2)
-        self._sent = None
-        self._stop_sent = False
         logger.warning("arm %s: reset sent, its motors have no power", self.arm.name)
 
     @property
@@ -316,7 +321,7 @@ class PiperDriver:
     def _forget(self) -> None:
         self._latest = None
         self._sent = None
-        self._stop_sent = False
+        self._stop_sent = self._armed = False
         self._joint_frames = 0
         self._cycle_start_s = 0.0
         self._motors_seen: set[int] = set()
@@ -359,6 +364,7 @@ class PiperDriver:
                 self._remedy,
             )
         if self.state().enabled:
+            self._armed = True
             self._command_measured()
         logger.info("arm %s: connected on %s", self.arm.name, self._where)
 
@@ -393,24 +399,28 @@ class PiperDriver:
             )
 
     def _command_measured(self) -> None:
-        self._select_mode()
-        self._send_counts(_to_counts(self.state().position))
+        self._mode_sent_s = float("-inf")
+        self._command(_to_counts(self.state().position))
 
-    def _select_mode(self) -> None:
-        """Ask for joint moves under CAN control."""
-        self._mode_sent_s = time.monotonic()
-        with self._send_lock:
-            self._sdk.ModeCtrl(_CAN_CONTROL, _MOVE_J, self._speed_percent, 0)
+    def _command(self, counts: tuple[int, ...] | None) -> bool:
+        """Send joints and gripper, and the mode where it is needed; return whether that was done.
 
-    def _send_counts(self, counts: tuple[int, ...]) -> bool:
-        """Send joints and gripper; return whether it was done, which after a stop it is not."""
-        if not self._listens() and time.monotonic() - self._mode_sent_s > 0.1:
-            self._select_mode()
+        It is not done without power asked for, and after a stop; then the stop is repeated until the
+        arm reports it.
+        """
         with self._send_lock:
             if self._sdk is None:
                 raise UnavailableError(f"arm {self.arm.name}: the driver is closed", "open it again")
             if self._stop_sent:
+                if self._latest is not None and not self._latest[0].stopped:
+                    self._sdk.EmergencyStop(1)
                 return False
+            if counts is None or not self._armed:
+                return False
+            now_s = time.monotonic()
+            if not self._listens() and now_s - self._mode_sent_s > _MODE_AGAIN_S:
+                self._mode_sent_s = now_s
+                self._sdk.ModeCtrl(_CAN_CONTROL, _MOVE_J, self._speed_percent, 0)
             self._sdk.JointCtrl(*counts[:JOINTS])
             self._sdk.GripperCtrl(counts[JOINTS], self._gripper_effort, 1, 0)
             self._sent = counts

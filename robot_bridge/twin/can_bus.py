@@ -34,6 +34,7 @@ _MAX_DATAGRAM = 2048
 _RENEW_S = 0.3
 _FORGET_S = 1.0
 _RECEIVE_BUFFER = 1 << 20
+_MAX_BATCH = 256
 
 
 class CanFrame(NamedTuple):
@@ -187,8 +188,12 @@ class CanHub:
         return self._socket.fileno()
 
     def receive(self) -> Iterator[CanFrame]:
-        """Yield the frames that wait, and note who listens. Malformed datagrams are dropped and logged."""
-        while True:
+        """Yield the frames that wait, and note who listens.
+
+        Malformed datagrams are dropped and logged. One call takes at most ``_MAX_BATCH`` datagrams, so
+        that a flood does not keep the arm from speaking.
+        """
+        for _ in range(_MAX_BATCH):
             try:
                 datagram, sender = self._socket.recvfrom(_MAX_DATAGRAM)
             except BlockingIOError:

@@ -227,5 +227,6 @@ class PiperEmulator:
         period_s = 1 / rate_hz
         if now_s < self._next_s[group] - period_s / 4:
             return False
-        self._next_s[group] = max(self._next_s[group], now_s - period_s) + period_s
+        on_time = now_s - self._next_s[group] < period_s
+        self._next_s[group] = (self._next_s[group] if on_time else now_s) + period_s
         return True

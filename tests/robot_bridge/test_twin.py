@@ -1,0 +1,191 @@
+"""The whole twin process: SAPIEN behind the vendors' libraries, as the bridge meets it."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from robot_bridge.drivers.choice import arm_driver, camera_driver
+from robot_bridge.limits import Limiter
+from robot_bridge.rig import Rig, load_rig, save_rig, with_free_ports
+from robot_bridge.twin.control import GetStatus, Reset, Shutdown, TwinControl, decode_request
+from robot_bridge.twin.process import Twin, _Pace
+from sim_training.world import PHYSICS_DT_S
+from simplevla.errors import ConfigError, UnavailableError
+
+RUN = """
+import sys
+from robot_bridge.rig import load_rig
+from robot_bridge.twin.process import run
+from simplevla.errors import SimplevlaError
+try:
+    sys.exit(run(load_rig(sys.argv[1]), seed=3))
+except SimplevlaError as error:
+    sys.exit(str(error))
+"""
+
+
+def start(rig: Rig, folder: Path) -> "subprocess.Popen[str]":
+    path = folder / "rig.yaml"
+    save_rig(rig, path)
+    return subprocess.Popen([sys.executable, "-c", RUN, str(path)], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def rig() -> Rig:
+    return with_free_ports(load_rig("twin"))
+
+
+@pytest.fixture(scope="module")
+def control(rig: Rig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwinControl]:
+    assert rig.twin is not None
+    process = start(rig, tmp_path_factory.mktemp("twin"))
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("ready twin"), line
+        with TwinControl(rig.twin.control, timeout_s=5.0) as control:
+            yield control
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+        assert not list(Path("/dev/shm").glob(f"{rig.twin.shared_memory}*"))
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_command_moves_the_arm_on_the_bus_and_in_the_picture(rig: Rig, control: TwinControl) -> None:
+    embodiment = rig.load_embodiment()
+    control.reset(5, arms_home=True)
+    (left, part), (right, _) = embodiment.slices()
+    with (
+        camera_driver(rig, embodiment.cameras[0]) as camera,
+        arm_driver(rig, left) as arm,
+        arm_driver(rig, right) as other,
+    ):
+        arm.enable()
+        before = camera.wait_newer(time.time_ns(), 3.0)
+        goal = embodiment.home()
+        goal[0:2] += [-0.8, 0.4]
+        limiter = Limiter(embodiment)
+        limiter.reset(embodiment.home())
+        began_s = time.monotonic()
+        while time.monotonic() - began_s < 2.5:
+            measured = np.concatenate([arm.state().position, other.state().position])
+            arm.send(limiter.admit(goal, measured, 0.005), part)
+            time.sleep(0.005)
+        after = camera.wait_newer(time.time_ns(), 3.0)
+        assert 0 <= time.time_ns() - after.capture_ns < 1e9
+        np.testing.assert_allclose(arm.state().position[:6], goal[:6], atol=0.03)
+        np.testing.assert_allclose(other.state().position, embodiment.home()[7:], atol=0.01)
+        assert (np.abs(after.image.astype(int) - before.image) > 30).mean() > 0.01
+        assert before.image.std() > 10
+
+        where = arm.state().position
+        control.reset(6)
+        time.sleep(0.2)
+        np.testing.assert_allclose(arm.state().position, where, atol=0.01)
+        assert arm.state().enabled
+        control.reset(6, arms_home=True)
+        time.sleep(0.2)
+        np.testing.assert_allclose(arm.state().position, embodiment.home()[part], atol=0.01)
+
+
+@pytest.mark.slow
+def test_a_reset_places_what_the_seed_says(rig: Rig, control: TwinControl) -> None:
+    with camera_driver(rig, rig.load_embodiment().cameras[0]) as camera:
+
+        def look(seed: int) -> np.ndarray:
+            status = control.reset(seed, arms_home=True)
+            assert (status.seed, status.success, status.time_s) == (seed, False, 0.0)
+            return camera.wait_newer(time.time_ns() + 200_000_000, 5.0).image.astype(int)
+
+        first, other, again = look(11), look(12), look(11)
+    assert np.abs(first - again).max() <= 8
+    assert (np.abs(first - other) > 30).mean() > 0.01
+
+
+@pytest.mark.slow
+def test_time_passes_and_its_pace_is_told(control: TwinControl) -> None:
+    control.reset(1)
+    time.sleep(1.2)
+    status = control.status()
+    assert status.task == "move_can_pot"
+    assert 0.1 < status.time_s < 3.0
+    assert 0.05 < status.real_time_factor <= 1.0
+    assert 0.05 < status.real_time_factor_since_reset <= 1.0
+
+
+@pytest.mark.slow
+def test_an_impossible_request_is_refused_and_the_twin_goes_on(rig: Rig, control: TwinControl) -> None:
+    import zmq
+
+    assert rig.twin is not None
+    with pytest.raises(UnavailableError, match="unknown task 'juggle'"):
+        control.reset(1, task="juggle")
+    with zmq.Context.instance().socket(zmq.REQ) as stranger:
+        stranger.linger = 0
+        stranger.connect(rig.twin.control)
+        for junk in (b"", b"not json", b'{"type":"reset","seed":-1}', b'{"type":"explode"}'):
+            stranger.send(junk)
+            assert stranger.poll(5000)
+            assert b"not a request" in stranger.recv()
+    assert control.status().seed >= 0
+
+
+@pytest.mark.slow
+def test_a_second_twin_on_the_same_ports_is_refused(rig: Rig, control: TwinControl) -> None:
+    with pytest.raises(UnavailableError, match="end the other twin"), Twin(rig):
+        pass
+    assert control.status().seed >= 0
+
+
+def test_a_twin_that_is_not_there_is_said() -> None:
+    rig = with_free_ports(load_rig("twin"))
+    assert rig.twin is not None
+    with TwinControl(rig.twin.control, timeout_s=0.1) as control:
+        for _ in range(2):
+            with pytest.raises(UnavailableError, match="does not answer"):
+                control.status()
+
+
+def test_a_twin_needs_a_twins_rig_and_a_known_task(rig: Rig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown task 'juggle'"):
+        Twin(rig, task="juggle")
+    text = Path("config/rig/hardware.yaml").read_text(encoding="utf-8").replace("FILL-IN", "1")
+    (tmp_path / "hardware.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match="not a twin's"):
+        Twin(load_rig(str(tmp_path / "hardware.yaml")))
+
+
+def test_requests_are_told_apart() -> None:
+    assert decode_request(b'{"type":"reset","seed":4}') == Reset(seed=4)
+    assert decode_request(b'{"type":"get_status"}') == GetStatus()
+    assert decode_request(b'{"type":"shutdown"}') == Shutdown()
+
+
+def test_a_pace_that_is_kept_is_one() -> None:
+    pace = _Pace(0.0)
+    for tick in range(1, 500):
+        now_s = tick * PHYSICS_DT_S + 1e-4
+        assert pace.owed_steps(now_s) == 1
+        pace.stepped(1, now_s)
+    assert pace.factor(now_s) == pytest.approx(1.0, abs=0.01)
+    assert pace.recent_factor(now_s) == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_pace_that_is_not_kept_is_told_and_not_made_up_for() -> None:
+    pace = _Pace(0.0)
+    now_s = 0.0
+    while now_s < 4.0:  # five steps take 40 ms: half the pace
+        now_s += 0.04
+        pace.stepped(min(pace.owed_steps(now_s), 5), now_s)
+    assert pace.factor(now_s) == pytest.approx(0.5, abs=0.02)
+    assert pace.recent_factor(now_s) == pytest.approx(0.5, abs=0.05)
+    assert pace.owed_steps(now_s + 10.0) <= 0.1 / PHYSICS_DT_S + 1
