@@ -36,7 +36,7 @@ def bench(can: CanPort) -> Iterator[BenchArm]:
 
 
 @pytest.fixture
-def driver(can: CanPort, bench: BenchArm) -> Iterator[PiperDriver]:
+def driver(can: CanPort, bench: BenchArm) -> Iterator[PiperDriver]:  # noqa: ARG001 - the arm that answers
     with PiperDriver(LEFT, can) as driver:
         yield driver
 
