@@ -34,7 +34,8 @@ def run_info(**changes) -> RunInfo:
         "task": "move_can_pot", "instruction": "move the can next to the pot", "rig": "twin",
         "embodiment": "piper_dual", "operator": "nobody", "policy_name": "tiny", "policy_id": "ab" * 32,
         "policy_commit": "0123abc", "demonstrations": 300, "backend": "onnxruntime", "step_limit": 200,
-        "started_ns": START_NS, "version": "0.1.0", "evaluation": {"success": {"successes": 71, "trials": 100}},
+        "started_ns": START_NS, "version": "0.1.0",
+        "evaluation": {"success": {"successes": 71, "trials": 100}},
     }  # fmt: skip
     return RunInfo(**{**values, **changes})
 
