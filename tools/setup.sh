@@ -47,11 +47,13 @@ install_system() {
   elif ! command -v python3 >/dev/null; then
     missing+=(python3 python3-venv)
   fi
-  if ((${#missing[@]} == 0)) && mesa_is_new_enough "$(mesa_installed)"; then return; fi
+  local needed=("${missing[@]}")
+  mesa_is_new_enough "$(mesa_installed)" || needed+=(mesa-vulkan-drivers)
+  if ((${#needed[@]} == 0)); then return; fi
 
   command -v apt-get >/dev/null || fail "this set-up knows Debian 12 and Ubuntu 24.04; elsewhere install ${missing[*]-} and Mesa >= $MESA_NEEDED (Vulkan drivers) by hand, then: SIMPLEVLA_SKIP_SYSTEM=1 make ..."
-  [[ $(id -u) == 0 ]] || command -v sudo >/dev/null || fail "system libraries are missing (${missing[*]-} mesa-vulkan-drivers): run as root or install sudo"
-  echo "setup: installing system libraries: ${missing[*]-} $(mesa_is_new_enough "$(mesa_installed)" || echo mesa-vulkan-drivers)"
+  [[ $(id -u) == 0 ]] || command -v sudo >/dev/null || fail "the system lacks ${needed[*]}: run as root or install sudo"
+  echo "setup: installing system libraries: ${needed[*]}"
   as_root apt-get update -qq || echo "setup: apt-get update complained; going on with the lists there are" >&2
   if ((${#missing[@]})); then apt_install "${missing[@]}"; fi
   mesa_is_new_enough "$(mesa_installed)" || install_mesa
