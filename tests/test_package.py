@@ -1,6 +1,7 @@
 """The package as people install it: with colcon on a robot PC, and with pip from a checkout."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -98,3 +99,19 @@ def test_ros_and_python_agree_on_name_and_version():
     assert package.findtext("version") == __version__
     assert package.findtext("export/build_type") == "ament_python"
     assert "@" in package.find("maintainer").get("email")
+
+
+def test_every_ros_package_that_is_imported_is_declared():
+    package = ElementTree.parse(ROOT / "package.xml").getroot()  # noqa: S314 - our own file
+    declared = {element.text for element in package.findall("exec_depend")}
+    sources = [*(ROOT / "robot_bridge").rglob("*.py"), *(ROOT / "launch").glob("*.py")]
+    names = {
+        name
+        for path in sources
+        for name in re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), flags=re.MULTILINE)
+    }
+    ros = {
+        name for name in names if re.fullmatch(r"rclpy|launch|launch_ros|\w+_(msgs|srvs|interfaces)", name)
+    }
+    assert ros
+    assert ros <= declared
