@@ -24,6 +24,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from robot_bridge.priority import ask_for_priority
 from robot_bridge.rig import Rig
 from robot_bridge.twin.can_bus import CanHub
 from robot_bridge.twin.control import (
@@ -70,6 +71,7 @@ def run(
         UnavailableError: a port is taken, or no graphics driver works.
         MissingExtraError: sapien or pyzmq is not installed.
     """
+    ask_for_priority()
     closing = threading.Event()
     with _signals_set(closing), Twin(rig, task=task, seed=seed) as twin:
         announce(twin.description)
