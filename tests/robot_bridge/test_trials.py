@@ -187,9 +187,7 @@ class SmallStack:
             "failure": (self.fails_with or FailureCode.NONE).value,
             "reason": "it is gone" if self.fails_with else "",
         }
-        self._state.publish(
-            diagnostics(now_ns, status("policy", "", values))
-        )
+        self._state.publish(diagnostics(now_ns, status("policy", "", values)))
 
 
 @contextlib.contextmanager
