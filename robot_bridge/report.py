@@ -136,7 +136,7 @@ def contact_sheets(recording: Recording) -> list[Image]:
         sheet = Image.new(
             "RGB", (_SHEET_COLUMNS * (width + 4) + 4, _SHEET_ROWS * (height + 4) + 4), "white"
         )
-        font = ImageFont.load_default(size=max(12, height // 16))
+        font = ImageFont.load_default(size=max(12, height // 11))
         for place, (i, picture) in enumerate(zip(wanted, pictures, strict=True)):
             row, column = divmod(place, _SHEET_COLUMNS)
             x, y = 4 + column * (width + 4), 4 + row * (height + 4)
