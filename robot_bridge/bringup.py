@@ -31,6 +31,8 @@ _LEVELS = ("debug", "info", "warning", "error")
 _BACKENDS = ("onnxruntime", "torch")
 _HARDWARE_DOMAIN = 0  # ROS's own default
 _TWIN_DOMAIN = 77  # so that a twin never meets the robot that the same PC drives
+_HARDWARE_AGE_S = 0.1
+_TWIN_AGE_S = 0.5  # a busy machine pauses its twin for longer than a bus may ever be silent
 
 
 @dataclass(frozen=True)
@@ -199,9 +201,8 @@ def processes(settings: Settings) -> list[Process]:
             )
         )
     twin = ("twin",) if rig.is_twin else ()
-    found.append(
-        Process("arms", _node(settings, "arms", {"rig": settings.rig}), env, after=twin, stop_order=2)
-    )
+    arms = {"rig": settings.rig, "max_feedback_age_s": str(_TWIN_AGE_S if rig.is_twin else _HARDWARE_AGE_S)}
+    found.append(Process("arms", _node(settings, "arms", arms), env, after=twin, stop_order=2))
     if settings.record:
         where = {"rig": settings.rig, "out": str(settings.out)}
         found.append(
@@ -264,6 +265,9 @@ def _check_bundle(settings: Settings, embodiment: Embodiment) -> tuple[str, ...]
     """Return the cameras that the bundle needs, after checking that it fits robot and task."""
     from simplevla.bundle import load_bundle
 
+    if settings.bundle is None:
+        shipped = sorted(path.parent.name for path in (share_dir() / "bundles").glob("*/manifest.json"))
+        require_choice("task", settings.task, shipped)
     manifest = load_bundle(settings.bundle_path).manifest
     require_same(manifest.embodiment, embodiment, have_is="the bundle's", want_is="the rig's")
     require_choice("task", settings.task, sorted(manifest.instructions))

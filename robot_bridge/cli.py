@@ -113,6 +113,16 @@ def _configure_trial(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attach", action="store_true", help="use the stack that `simplevla up` has started"
     )
+    parser.add_argument("--namespace", default="", help="ROS namespace of the stack (default: none)")
+    parser.add_argument(
+        "--session-record",
+        type=Path,
+        default=Settings.session_record,
+        help=f"the last calibration's record, for metal (default: {Settings.session_record})",
+    )
+    parser.add_argument(
+        "--override-session-record", action="store_true", help="move metal without a valid session record"
+    )
     parser.add_argument("--operator", default="", help="who makes the trials (default: your user name)")
     parser.add_argument("--out", type=Path, help="folder of the run, new or empty (default: runs/<time>)")
 

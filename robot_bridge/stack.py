@@ -37,7 +37,7 @@ def run_up(settings: Settings) -> int:
         SimplevlaError: the settings are bad, or a process does not start.
     """
     check(settings)
-    with interrupted_by_sigterm():
+    with interruptible():
         try:
             with Stack(settings) as stack:
                 names = ", ".join(stack.names)
@@ -150,17 +150,21 @@ def private(settings: Settings) -> Settings:
 
 
 @contextlib.contextmanager
-def interrupted_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM do what Ctrl-C does, so that everything is ended in order."""
+def interruptible() -> Iterator[None]:
+    """Let SIGINT and SIGTERM alike interrupt the block, so that everything is ended in order.
+
+    SIGINT too: a process that a shell starts in the background has it ignored.
+    """
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Running:

@@ -219,7 +219,7 @@ def test_an_emergency_stop_is_latched_and_only_a_person_goes_on(robot: Robot):
     assert robot.process.wait(10) == 0
 
 
-def test_a_rig_that_is_not_there_ends_in_one_line(tmp_path: Path):
+def test_a_rig_that_is_not_there_ends_in_one_line():
     done = subprocess.run(
         [sys.executable, "-m", "robot_bridge.nodes.arms", "--ros-args", "-p", "rig:=nowhere"],
         capture_output=True,

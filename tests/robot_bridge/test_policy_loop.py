@@ -1,0 +1,179 @@
+"""An episode: what is asked, what is counted, and what is said when something is lost."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from policy_server.client import Reply
+from policy_server.protocol import ServerTiming
+from robot_bridge.drivers.realsense import Frame
+from robot_bridge.policy_loop import JointTimeline, Phase, PlayedChunk, PlayedCounts, PolicyLoop, Request
+from simplevla.action_chunk import ActionChunk
+from simplevla.errors import UnavailableError
+from simplevla.observation import Observation
+from simplevla.trial import FailureCode
+
+DT = 0.02
+K = 5
+BEGAN_NS = time.time_ns()
+
+
+class Camera:
+    """A camera that exposes a picture whenever it is asked for one."""
+
+    gone = False
+
+    def wait_newer(self, capture_ns: int, timeout_s: float) -> Frame:
+        if self.gone:
+            raise UnavailableError(f"camera head sent no new picture within {timeout_s:g} s", "check it")
+        return Frame(np.zeros((4, 4, 3), np.uint8), max(capture_ns + 1, time.time_ns()), 1)
+
+
+@dataclass
+class Server:
+    """A policy that always wants the same, and remembers what it was shown."""
+
+    seen: list[Observation] = field(default_factory=list)
+    gone: bool = False
+
+    def act(self, observation: Observation) -> Reply:
+        if self.gone:
+            raise UnavailableError("no policy server answers", "start one")
+        self.seen.append(observation)
+        chunk = ActionChunk(np.ones((K, 2), np.float32), DT, observation.capture_ns, "policy")
+        return Reply(chunk, ServerTiming(receive_ms=0, preprocess_ms=0, inference_ms=0, decode_ms=0), 0.0)
+
+
+class Arms:
+    """Arms that report their joints, and play every trajectory as it is meant, or none at all."""
+
+    def __init__(self) -> None:
+        self.joints, self.played = JointTimeline(), PlayedCounts()
+        self.chunks: list[PlayedChunk] = []
+        self.deaf = self.silent = False
+        self._closing = threading.Event()
+        threading.Thread(target=self._report, daemon=True).start()
+
+    def publish(self, chunk: PlayedChunk) -> None:
+        self.chunks.append(chunk)
+
+    def close(self) -> None:
+        self._closing.set()
+
+    def _report(self) -> None:
+        while not self._closing.wait(0.005):
+            now = time.time_ns()
+            if not self.silent:
+                self.joints.add(now, np.array([(now - BEGAN_NS) / 1e9, 0.0]))
+            for chunk in self.chunks[-1:]:
+                reached = int((now - chunk.stamp_ns) / 1e9 / DT)
+                if reached >= 0 and not self.deaf:
+                    self.played.add(chunk.stamp_ns, min(reached, len(chunk.actions)))
+
+
+@dataclass
+class Bench:
+    """All of them, and the loop between them."""
+
+    camera: Camera
+    server: Server
+    arms: Arms
+    loop: PolicyLoop
+
+    def run(self, request: Request) -> None:
+        self.loop.start(request)
+        deadline = time.monotonic() + 5
+        while self.loop.state.phase is Phase.RUNNING:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def bench():
+    camera, server, arms = Camera(), Server(), Arms()
+    with PolicyLoop(
+        server, {"head": camera}, arms.joints, arms.played, arms.publish, timeout_s=0.2
+    ) as loop:
+        yield Bench(camera, server, arms, loop)
+    arms.close()
+
+
+def test_an_episode_ends_at_its_step_limit_with_every_action_counted(bench):
+    bench.run(Request("move it", "one", 12))
+    state = bench.loop.state
+    assert (state.phase, state.actions, state.failure) == (Phase.FINISHED, 12, FailureCode.NONE)
+    assert [len(chunk.actions) for chunk in bench.arms.chunks] == [5, 5, 2]
+    assert [chunk.first_action for chunk in bench.arms.chunks] == [0, 5, 10]
+    assert [seen.last_action for seen in bench.server.seen] == [-1, 4, 9]
+    assert {(seen.instruction, seen.episode) for seen in bench.server.seen} == {("move it", "one")}
+
+
+def test_it_looks_again_only_when_the_last_chunk_was_played(bench):
+    bench.run(Request("move it", "one", 15))
+    assert len(bench.server.seen) == len(bench.arms.chunks) == 3
+    for before, seen in zip(bench.arms.chunks, bench.server.seen[1:], strict=False):
+        assert seen.capture_ns >= before.stamp_ns + round(K * DT * 1e9)
+    for seen in bench.server.seen:  # the joints are not older than the picture, and hardly newer
+        age_s = float(seen.state[0]) - (seen.capture_ns - BEGAN_NS) / 1e9
+        assert -1e-4 < age_s < 0.1
+
+
+@pytest.mark.parametrize(
+    ("lose", "failure", "reason"),
+    [
+        (lambda b: setattr(b.server, "gone", True), FailureCode.SERVER_LOST, "no policy server answers"),
+        (lambda b: setattr(b.camera, "gone", True), FailureCode.CAMERA_LOST, "no new picture"),
+        (lambda b: setattr(b.arms, "silent", True), FailureCode.ARM_LOST, "no joint feedback"),
+        (lambda b: setattr(b.arms, "deaf", True), FailureCode.ARM_LOST, "did not play"),
+    ],
+    ids=["server", "camera", "joints", "arms"],
+)
+def test_what_is_lost_ends_the_episode_by_name_and_the_next_one_works(bench, lose, failure, reason):
+    lose(bench)
+    bench.run(Request("move it", "one", 10))
+    state = bench.loop.state
+    assert (state.phase, state.failure) == (Phase.FAILED, failure)
+    assert reason in state.reason
+    bench.server.gone = bench.camera.gone = bench.arms.silent = bench.arms.deaf = False
+    bench.run(Request("move it", "two", 5))
+    assert bench.loop.state.phase is Phase.FINISHED
+    assert bench.loop.state.episode == "two"
+
+
+def test_stopping_ends_it_early_and_counts_what_was_played(bench):
+    bench.loop.start(Request("move it", "one", 1000))
+    with pytest.raises(UnavailableError, match="is running"):
+        bench.loop.start(Request("move it", "two", 5))
+    time.sleep(0.3)
+    bench.loop.stop()
+    state = bench.loop.state
+    assert state.phase is Phase.IDLE
+    assert 0 < state.actions <= sum(len(chunk.actions) for chunk in bench.arms.chunks)
+    asked = len(bench.server.seen)
+    time.sleep(0.1)
+    assert len(bench.server.seen) == asked
+
+
+def test_what_the_arms_left_out_is_not_counted():
+    played = PlayedCounts()
+    assert played.wait(1, 5, 0.0) is None
+    played.add(1, 2)
+    played.add(1, 3)
+    assert played.wait(1, 5, 0.0) == 3
+    played.add(2, 0)
+    assert played.wait(1, 5, 0.0) == 3
+
+
+def test_joints_are_never_older_than_asked():
+    joints = JointTimeline()
+    for stamp in (10, 20, 30):
+        joints.add(stamp, np.array([stamp]))
+    assert joints.at(15, 0.0)[0] == 20
+    assert joints.at(20, 0.0)[0] == 20
+    with pytest.raises(UnavailableError, match="no joint feedback"):
+        joints.at(31, 0.01)
