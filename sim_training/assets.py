@@ -7,6 +7,7 @@ its foot. Meshes are for looking at; hulls are what physics touches.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -65,6 +66,7 @@ class Asset:
         return np.array([across, across, self.mass_kg * self.radius_m**2 / 2])
 
 
+@lru_cache(maxsize=1)
 def sauce_cans() -> tuple[Asset, ...]:
     """Return the five cans of ``move_can_pot``: 44 to 52 mm wide, so that a 70 mm gripper takes them."""
     return (
@@ -76,6 +78,7 @@ def sauce_cans() -> tuple[Asset, ...]:
     )
 
 
+@lru_cache(maxsize=1)
 def pots() -> tuple[Asset, ...]:
     """Return the seven pots of ``move_can_pot``: 14 to 17 cm wide, their handles along y."""
     steel, iron = (0.72, 0.73, 0.75), (0.13, 0.13, 0.15)
@@ -90,6 +93,7 @@ def pots() -> tuple[Asset, ...]:
     )
 
 
+@lru_cache(maxsize=1)
 def clutter() -> tuple[Asset, ...]:
     """Return small things that belong to no task."""
     return (
@@ -255,7 +259,7 @@ def _tube(path: Array, radius: float, sides: int = 8) -> Mesh:
     for i in range(len(path) - 1):
         for k in range(sides):
             a, b = i * sides + k, i * sides + (k + 1) % sides
-            triangles += [(a, b, b + sides), (a, b + sides, a + sides)]
+            triangles += [(a, b + sides, b), (a, a + sides, b + sides)]
     return _mesh(vertices, triangles, normals, uvs)
 
 

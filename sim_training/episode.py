@@ -23,7 +23,8 @@ def play(world: World, actions: ArrayLike, dt_s: float) -> Played:
     """Play (K, D) absolute targets, one every ``dt_s``, and stop at the first moment of success.
 
     The setpoint moves in a straight line from the last one to each target, as the arm node
-    interpolates; success is tested at every physics step, as in RoboTwin.
+    interpolates, but no faster than the embodiment's velocity limits, as the limits before the bus
+    have it. Success is tested at every physics step, as in RoboTwin.
 
     Raises:
         ChunkError: ``dt_s`` is shorter than a physics step, or the targets are not finite (K, D).
@@ -41,13 +42,17 @@ def play(world: World, actions: ArrayLike, dt_s: float) -> Played:
     steps = round(dt_s / PHYSICS_DT_S)
     if steps < 1:
         raise ChunkError(f"dt is {dt_s} s, physics steps by {PHYSICS_DT_S} s", "use a longer dt")
+    reach = world.embodiment.velocity_limits() * PHYSICS_DT_S
+    start = setpoint = world.targets()
     for index, target in enumerate(targets):
-        start = world.targets()
         for step in range(1, steps + 1):
-            world.set_targets(start + (target - start) * (step / steps))
+            wanted = start + (target - start) * (step / steps)
+            setpoint = setpoint + np.clip(wanted - setpoint, -reach, reach)
+            world.set_targets(setpoint)
             world.step()
             if world.success():
                 return Played(index + 1, True)
+        start = target
     return Played(len(targets), False)
 
 

@@ -196,13 +196,13 @@ class World:
 
     def object_pose(self, name: str) -> Array:
         """Return the (4, 4) pose of a thing of the task in the world; its origin is its foot."""
-        matrix: Array = self._bodies[name].pose.to_transformation_matrix().astype(np.float64)
+        matrix: Array = self._bodies[name].entity_pose.to_transformation_matrix().astype(np.float64)
         return matrix
 
     def set_object_pose(self, name: str, pose: ArrayLike) -> None:
         """Put a thing of the task at a (4, 4) pose in the world, at rest."""
         body = self._bodies[name]
-        body.pose = sapien.Pose(np.asarray(pose, dtype=np.float32))
+        body.entity.pose = sapien.Pose(np.asarray(pose, dtype=np.float32))
         body.linear_velocity = body.angular_velocity = np.zeros(3)
 
     def asset(self, name: str) -> Asset:
@@ -442,7 +442,7 @@ class _SimulatedArm:
         return self._pick(self._articulation.qvel)
 
     def tool_pose(self) -> Array:
-        matrix: Array = self._tool.pose.to_transformation_matrix().astype(np.float64)
+        matrix: Array = self._tool.entity_pose.to_transformation_matrix().astype(np.float64)
         return matrix
 
     def _pick(self, values: NDArray[np.float32]) -> Array:
