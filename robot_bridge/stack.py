@@ -30,6 +30,18 @@ _POLL_S = 0.1
 _PATIENCE_S = ((signal.SIGINT, 8.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 3.0))
 
 
+class ProcessEndedError(UnavailableError):
+    """A required process ended by itself.
+
+    Attributes:
+        process: its name.
+    """
+
+    def __init__(self, process: str, message: str, remedy: str) -> None:
+        super().__init__(message, remedy)
+        self.process = process
+
+
 def run_up(settings: Settings) -> int:
     """Start everything, say so, and keep it running until Ctrl-C; return the exit status.
 
@@ -94,7 +106,7 @@ class Stack:
         """Check that everything that is required runs.
 
         Raises:
-            UnavailableError: a process ended; the message names it and its log.
+            ProcessEndedError: a process ended; the message names it and its log.
         """
         for running in self._running.values():
             if running.process.required and running.status is not None:
@@ -207,11 +219,13 @@ class _Running:
                 f"see {self.log}",
             )
 
-    def death(self) -> UnavailableError:
+    def death(self) -> ProcessEndedError:
         self._reader.join(1.0)
         said = self._last[-1] if self._last else "it said nothing"
-        return UnavailableError(
-            f"{self.process.name} ended with status {self.status}: {said}", f"see {self.log}"
+        return ProcessEndedError(
+            self.process.name,
+            f"{self.process.name} ended with status {self.status}: {said}",
+            f"see {self.log}",
         )
 
     def stop(self) -> None:

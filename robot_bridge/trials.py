@@ -30,7 +30,7 @@ from robot_bridge.recording import TrialRecorder, read_recording
 from robot_bridge.report import REAL_TIME, make_report, simulated_rate
 from robot_bridge.rig import Rig, load_rig
 from robot_bridge.scene import Judgement, OperatorScene, Scene, TwinScene
-from robot_bridge.stack import Stack, interruptible, private
+from robot_bridge.stack import ProcessEndedError, Stack, interruptible, private
 from robot_bridge.twin.control import TwinControl
 from simplevla import __version__
 from simplevla.bundle import MANIFEST, Bundle, load_bundle
@@ -50,12 +50,14 @@ from simplevla.trial import (
 
 _WATCH_PERIOD_S = 0.1
 _HOME_TIMEOUT_S = 30.0
+_HOME_ATTEMPTS = 3
 _ENABLE_TIMEOUT_S = 20.0
 _START_TIMEOUT_S = 10.0
 _STILL_TIMEOUT_S = 5.0
 _SETTLE_S = 1.0
 _ERRORS_IN_A_ROW = 2
 _FIRST_DOMAIN, _DOMAINS = 1, 70  # clear of ROS's default, of the twin's own and of the ephemeral ports
+_LOST_WITH = {"server": FailureCode.SERVER_LOST, "arms": FailureCode.ARM_LOST}
 _logger = logging.getLogger(__name__)
 
 
@@ -224,12 +226,13 @@ class Run:
         """
         settings = self.plan.settings
         self._node.wait_for_joints(_START_TIMEOUT_S)
-        self._scene.clear_to_move()
-        self._node.call("arms/enable", _ENABLE_TIMEOUT_S)
+        self._enable()
         in_a_row = 0
         with Progress(settings.trials, settings.step_limit) as progress:
             for number in range(settings.trials):
                 self._check_stack()
+                if in_a_row:
+                    self._enable()
                 trial = self._trial(number, settings.seed + number, progress)
                 self.index = msgspec.structs.replace(self.index, trials=(*self.index.trials, trial))
                 save_index(self.index, self.plan.out)
@@ -241,12 +244,30 @@ class Run:
                         f"see the report in {self.plan.out}",
                     )
 
+    def _enable(self) -> None:
+        """Give the arms power, at the start and after an error; nothing happens to arms that have it."""
+        self._scene.clear_to_move()
+        self._node.call("arms/enable", _ENABLE_TIMEOUT_S)
+
+    def _go_home(self) -> None:
+        """Send the arms home; what the limits interrupt, such as a gap in the feedback, is tried again."""
+        for attempts_left in reversed(range(_HOME_ATTEMPTS)):
+            try:
+                self._node.call("arms/go_home", _HOME_TIMEOUT_S)
+            except UnavailableError as error:
+                if not attempts_left:
+                    raise
+                _logger.warning("%s; trying again", error)
+                time.sleep(_SETTLE_S)
+            else:
+                return
+
     def _trial(self, number: int, seed: int, progress: Progress) -> Trial:
         name = f"trial_{number:03d}"
         attempt = _Attempt(started_ns=time.time_ns())
         recorder: TrialRecorder | None = None
         try:
-            self._node.call("arms/go_home", _HOME_TIMEOUT_S)
+            self._go_home()
             self._scene.reset(seed)
             self._node.wait_still(_STILL_TIMEOUT_S)
             attempt.started_ns = time.time_ns()
@@ -414,7 +435,11 @@ class _LostError(SimplevlaError):
 
 
 def _failure_of(error: SimplevlaError) -> FailureCode:
-    return error.failure if isinstance(error, _LostError) else FailureCode.OTHER
+    if isinstance(error, _LostError):
+        return error.failure
+    if isinstance(error, ProcessEndedError):
+        return _LOST_WITH.get(error.process, FailureCode.OTHER)
+    return FailureCode.OTHER
 
 
 @contextlib.contextmanager

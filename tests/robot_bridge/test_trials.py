@@ -13,6 +13,7 @@ from robot_bridge.recording import INTERRUPTED, read_recording
 from robot_bridge.report import make_report
 from robot_bridge.rig import load_rig
 from robot_bridge.scene import Judgement, OperatorScene
+from robot_bridge.stack import ProcessEndedError
 from robot_bridge.trials import Plan, Run, TrialSettings, prepare, summary
 from simplevla.bundle import CodecEntry, Manifest, Provenance, load_bundle, write_bundle
 from simplevla.embodiment import load_embodiment
@@ -98,6 +99,7 @@ class SmallStack:
         from robot_bridge.nodes.process import declare
 
         self.fails_with = fails_with
+        self.refuses: list[str] = []
         self.calls: list[str] = []
         self.silent = self.dead = False
         self._context = rclpy.Context()
@@ -139,12 +141,14 @@ class SmallStack:
     def check(self) -> None:
         """Raise if a part is dead."""
         if self.dead:
-            raise UnavailableError("arms ended with status -9", "see its log")
+            raise ProcessEndedError("arms", "arms ended with status -9", "see its log")
 
     def _serve(self, name: str):
         def serve(_, response):
             self.calls.append(name)
-            response.success = True
+            response.success = name not in self.refuses
+            if name in self.refuses:
+                self.refuses.remove(name)
             if name == "policy/start":
                 self._actions, self._phase = 0, "running"
             if name == "policy/stop" and self._phase == "running":
@@ -258,6 +262,25 @@ def test_silent_arms_are_an_error(bundle, tmp_path):
     assert (trial.outcome, trial.failure) == (Outcome.ERROR, FailureCode.ARM_LOST)
 
 
+def test_a_way_home_that_was_interrupted_is_tried_again(bundle, tmp_path):
+    plan = make_plan(bundle, tmp_path / "run", trials=1)
+    with running(plan, ScriptedScene(looks_to_success=3)) as (run, stack):
+        stack.refuses = ["arms/go_home"]
+        run.make()
+    assert stack.calls.count("arms/go_home") == 2
+    assert run.errors == 0
+
+
+def test_arms_that_never_get_home_are_an_error(bundle, tmp_path):
+    plan = make_plan(bundle, tmp_path / "run", trials=1)
+    with running(plan, ScriptedScene(looks_to_success=3)) as (run, stack):
+        stack.refuses = ["arms/go_home"] * 3
+        run.make()
+    (trial,) = load_index(plan.out).trials
+    assert (trial.outcome, trial.recording) == (Outcome.ERROR, "")
+    assert "arms/go_home" in trial.note
+
+
 def test_a_dead_part_ends_the_run_after_the_trial_that_saw_it(bundle, tmp_path):
     plan = make_plan(bundle, tmp_path / "run", trials=3)
     with running(plan, ScriptedScene()) as (run, stack):
@@ -265,7 +288,7 @@ def test_a_dead_part_ends_the_run_after_the_trial_that_saw_it(bundle, tmp_path):
         with pytest.raises(UnavailableError, match="arms ended with status -9"):
             run.make()
     (trial,) = load_index(plan.out).trials
-    assert trial.outcome is Outcome.ERROR
+    assert (trial.outcome, trial.failure) == (Outcome.ERROR, FailureCode.ARM_LOST)
     assert "arms ended" in trial.note
 
 
