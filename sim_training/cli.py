@@ -18,7 +18,8 @@ _RANDOMISATIONS = "textures, lights, camera, table_height, clutter, physics, all
 def _configure_train(parser: argparse.ArgumentParser) -> None:
     parser.epilog = """\
 The configuration says everything: task, embodiment, demonstrations, network, training. Any of its
-keys can be overridden on the command line. A run ends with a policy bundle, whole or not at all.
+keys can be overridden on the command line. A run ends with a policy bundle, whole or not at all; one
+that was interrupted goes on where it stopped when it gets the same --out.
 
 examples:
   simplevla train --config config/training/move_can_pot.yaml --out runs/move_can_pot
@@ -27,7 +28,7 @@ examples:
     parser.add_argument("--config", type=Path, required=True, help="training configuration, a YAML file")
     parser.add_argument(
         "--out", type=Path, default=None,
-        help="folder for what the run leaves; must not exist (default: runs/train-<time>)",
+        help="folder for what the run leaves; one of the same configuration goes on (default: runs/train-<time>)",
     )  # fmt: skip
     parser.add_argument(
         "overrides",
