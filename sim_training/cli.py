@@ -28,7 +28,7 @@ examples:
     parser.add_argument("--config", type=Path, required=True, help="training configuration, a YAML file")
     parser.add_argument(
         "--out", type=Path, default=None,
-        help="folder for what the run leaves; one of the same configuration goes on (default: runs/train-<time>)",
+        help="folder for what the run leaves (default: runs/train-<time>)",
     )  # fmt: skip
     parser.add_argument(
         "overrides",
