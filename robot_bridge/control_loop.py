@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 _HOME_SPEED = 0.3  # of the limits, on the way home
 _HOME_PATIENCE_S = 3.0
 _BRAKE_PATIENCE_S = 1.5
+_RESET_PATIENCE_S = 2.0
 _PERIODS_KEPT = 400
 _REPEAT_STOP = 20  # turns
 _OFF = "motors are off: enable the arms"
@@ -188,11 +189,21 @@ class ControlLoop:
             driver.disable()
 
     def reset(self) -> None:
-        """Clear a stop or a fault; cuts power, **the arms drop**. Only for a person, as above."""
+        """Clear a stop or a fault; cuts power, **the arms drop**. Only for a person, as above.
+
+        Raises:
+            UnavailableError: an arm does not confirm it.
+        """
         with self._lock:
             self._mode, self._reason = Mode.OFF, _OFF
+        time.sleep(2 * self._period_s)  # a turn that has begun may still repeat the stop
         for driver, _ in self._arms:
             driver.reset()
+        deadline = time.monotonic() + _RESET_PATIENCE_S
+        while stopped := [driver.arm.name for driver, _ in self._arms if driver.state().stopped]:
+            if time.monotonic() > deadline:
+                raise UnavailableError(f"still stopped: {', '.join(stopped)}", "check those arms' bus")
+            time.sleep(self._period_s)
 
     def stop(self) -> None:
         """Stop all arms now, in their own damped way, until they are reset and enabled."""

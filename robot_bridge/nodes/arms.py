@@ -47,6 +47,7 @@ from robot_bridge.nodes.process import (
     status,
     trigger,
 )
+from robot_bridge.priority import ask_for_priority
 from robot_bridge.rig import load_rig
 from simplevla.embodiment import Embodiment
 from simplevla.errors import ChunkError, SimplevlaError
@@ -59,6 +60,7 @@ _DROPS = "the motors have no power now: an arm that was not supported has droppe
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the node until it is asked to end; return the exit status."""
+    ask_for_priority()
     sys.setswitchinterval(0.0005)  # the loop's turn must not wait 5 ms for another thread's
     return run_node("arms", open_arms, sys.argv if argv is None else argv)
 

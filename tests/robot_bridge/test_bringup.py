@@ -206,7 +206,10 @@ def test_a_stack_starts_when_ready_and_ends_in_order(tmp_path, monkeypatch):
 
 
 def test_a_required_process_that_dies_is_named_with_its_log(tmp_path, monkeypatch):
-    dying = small_process("dying", "print('ready', flush=True)\nprint('out of luck')\nraise SystemExit(3)")
+    code = (
+        "import time\nprint('ready', flush=True)\ntime.sleep(1)\nprint('out of luck')\nraise SystemExit(3)"
+    )
+    dying = small_process("dying", code)
     steady = small_process("steady", SLEEPER)
     with stack_of(monkeypatch, tmp_path, [dying, steady]) as stack:
         with pytest.raises(
