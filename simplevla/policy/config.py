@@ -95,9 +95,9 @@ class NetworkSizes(Config, frozen=True, kw_only=True):
             their grids must agree.
         image_height, image_width: pixels after crop and resize.
         crop_area: fraction of the frame's area kept by the centred crop.
-        visual_tokens: 0 to give the decoder every patch, as OpenVLA does; else the number of
-            learned attention pools, each of which yields the features it attends to and where in
-            the image they lie (in the manner of spatial soft-argmax, Finn et al. 2016).
+        visual_tokens: 0 to give the decoder every patch, as OpenVLA does; else the number of tokens
+            that a linear layer over all patches makes of a picture.
+        visual_features: length of such a token.
         prompt_tokens: L, the fixed length of the prompt.
     """
 
@@ -107,6 +107,7 @@ class NetworkSizes(Config, frozen=True, kw_only=True):
     image_width: Count
     crop_area: Annotated[float, Meta(gt=0, le=1)] = 0.9
     visual_tokens: Annotated[int, Meta(ge=0, le=1024)] = 0
+    visual_features: Count = 32
     decoder: Decoder
     head: Head = Head()
     vocabulary: Count

@@ -88,11 +88,13 @@ class VLANetwork(PreTrainedModel):
         )
         features = sum(encoder.features for encoder in sizes.encoders)
         if sizes.visual_tokens:
-            grid = encoder_grid(sizes.encoders[0], sizes.image_height, sizes.image_width)
-            self.pool: AttentionPools | None = AttentionPools(features, sizes.visual_tokens, grid)
-            features += 2
+            rows, columns = encoder_grid(sizes.encoders[0], sizes.image_height, sizes.image_width)
+            self.mixer: MixedTokens | None = MixedTokens(
+                features, rows * columns, sizes.visual_tokens, sizes.visual_features
+            )
+            features = sizes.visual_features
         else:
-            self.pool = None
+            self.mixer = None
         self.projector = Projector(features, hidden)
         self.proprio_projector = ProprioProjector(self.network.proprio, hidden)
         self.register_buffer("proprio_low", torch.full((self.network.proprio,), -1.0))
@@ -114,7 +116,9 @@ class VLANetwork(PreTrainedModel):
             else None
         )
         self.head: nn.Linear | SmoothHead = (
-            SmoothHead(hidden, sizes.head.centres) if sizes.head.centres else nn.Linear(hidden, BINS, bias=False)
+            SmoothHead(hidden, sizes.head.centres)
+            if sizes.head.centres
+            else nn.Linear(hidden, BINS, bias=False)
         )
         self.post_init()
 
@@ -142,7 +146,7 @@ class VLANetwork(PreTrainedModel):
         batch, cameras = images.shape[:2]
         flat = images.flatten(0, 1)
         patches = torch.cat([encoder(flat) for encoder in self.encoders], dim=-1)
-        tokens = patches if self.pool is None else self.pool(patches)
+        tokens = patches if self.mixer is None else self.mixer(patches)
         return tokens.reshape(batch, cameras * tokens.shape[1], tokens.shape[2])
 
     def decode(self, tokens: Tensor, input_ids: Tensor, attention_mask: Tensor, proprio: Tensor) -> Tensor:
@@ -181,6 +185,13 @@ class VLANetwork(PreTrainedModel):
         first = extra + input_ids.shape[1] - 1
         logits: Tensor = self.head(hidden[:, first : first + self.network.slots])
         return logits.float()
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """Return every parameter behind :meth:`visual_tokens`."""
+        seeing = {
+            id(p) for part in (self.encoders, self.mixer) if part is not None for p in part.parameters()
+        }
+        return [p for p in self.parameters() if id(p) not in seeing]
 
     def set_proprio_range(self, low: NDArray[np.float64], high: NDArray[np.float64]) -> None:
         """Set the (P,) range of proprioception."""
@@ -236,28 +247,22 @@ def resize_matrix(source: int, target: int, side: float) -> NDArray[np.float64]:
     return np.asarray(weights / weights.sum(axis=1, keepdims=True))
 
 
-class AttentionPools(nn.Module):
-    """Learned pools, each of which attends to cells of the image by their content.
+class MixedTokens(nn.Module):
+    """A few tokens, each of which looks at the whole picture through one linear layer.
 
-    A pool's token is the attended features and the attended position: a pool that has learned to
-    look at an object says where it is, to a fraction of a cell.
+    Where something is follows from which cells see it, so that this learns places fast, and a decoder
+    of a few tokens is quick. It knows only the one grid it was made for.
     """
 
-    grid: Tensor
-
-    def __init__(self, features: int, pools: int, grid: tuple[int, int]) -> None:
+    def __init__(self, features: int, cells: int, tokens: int, token_features: int) -> None:
         super().__init__()
-        self.scores = nn.Linear(features, pools)
-        self.sharpness = nn.Parameter(torch.ones(pools))
-        y, x = torch.meshgrid(
-            torch.linspace(-1, 1, grid[0]), torch.linspace(-1, 1, grid[1]), indexing="ij"
-        )
-        self.register_buffer("grid", torch.stack([x.flatten(), y.flatten()], -1), persistent=False)
+        self.tokens = tokens
+        self.mix = nn.Linear(features * cells, tokens * token_features)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Return (B, pools, features + 2) of ``patches`` (B, cells, features)."""
-        attention = (self.scores(patches) * self.sharpness).transpose(1, 2).softmax(dim=-1)
-        return torch.cat([attention @ patches, attention @ self.grid], dim=-1)
+        """Return (B, tokens, token_features) of ``patches`` (B, cells, features)."""
+        mixed = functional.gelu(self.mix(patches.flatten(1)))
+        return mixed.reshape(len(patches), self.tokens, -1)
 
 
 class Projector(nn.Module):
@@ -400,7 +405,9 @@ def _encoder(config: VisionTransformer | ResidualEncoder, height: int, width: in
     if config.mlp % config.hidden:
         raise ConfigError("dinov2: mlp must be a multiple of hidden", "correct the network's file")
     dinov2 = Dinov2WithRegistersModel(
-        Dinov2WithRegistersConfig(**common, mlp_ratio=config.mlp // config.hidden, num_register_tokens=_REGISTERS)
+        Dinov2WithRegistersConfig(
+            **common, mlp_ratio=config.mlp // config.hidden, num_register_tokens=_REGISTERS
+        )
     )
     dinov2.layernorm = nn.Identity()
     return _Encoder(dinov2, 1 + _REGISTERS, _DINOV2_MEAN, _DINOV2_STD)
