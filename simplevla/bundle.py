@@ -154,6 +154,7 @@ def write_bundle(
         with whole_directory(path) as scratch:
             tensors = {k: np.ascontiguousarray(v) for k, v in sorted(weights.items())}
             save_file(tensors, scratch / WEIGHTS)
+            _check_tensors(scratch / WEIGHTS)
             (scratch / WEIGHTS).chmod(0o644)  # safetensors writes 0600; a server may be another user
             (scratch / TOKENIZER).write_bytes(tokenizer)
             files = {

@@ -119,7 +119,9 @@ class NetworkSizes(Config, frozen=True, kw_only=True):
         for transformer in self.transformers:
             if transformer.hidden % transformer.heads:
                 raise ValueError(f"{transformer.kind}: hidden must be a multiple of heads")
-            if self.image_height % transformer.patch or self.image_width % transformer.patch:
+            if self.image_height != self.image_width:
+                raise ValueError("vision transformers take square images")
+            if self.image_height % transformer.patch:
                 raise ValueError(f"the image must be a whole number of patches of {transformer.patch}")
         if self.decoder.hidden % (2 * self.decoder.heads):
             raise ValueError("decoder: hidden must be a multiple of twice the heads")

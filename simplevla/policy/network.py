@@ -83,9 +83,7 @@ class VLANetwork(PreTrainedModel):
             (sizes.image_height, sizes.image_width),
             sizes.crop_area,
         )
-        self.encoders = nn.ModuleList(
-            [_encoder(encoder, sizes.image_height, sizes.image_width) for encoder in sizes.encoders]
-        )
+        self.encoders = nn.ModuleList([_encoder(encoder, sizes.image_height) for encoder in sizes.encoders])
         features = sum(encoder.features for encoder in sizes.encoders)
         if sizes.visual_tokens:
             rows, columns = encoder_grid(sizes.encoders[0], sizes.image_height, sizes.image_width)
@@ -376,7 +374,7 @@ class _Encoder(nn.Module):
         return features[:, self.prefix :]
 
 
-def _encoder(config: VisionTransformer | ResidualEncoder, height: int, width: int) -> _Encoder:
+def _encoder(config: VisionTransformer | ResidualEncoder, image_size: int) -> _Encoder:
     if isinstance(config, ResidualEncoder):
         residual = ResNetModel(
             ResNetConfig(
@@ -392,7 +390,7 @@ def _encoder(config: VisionTransformer | ResidualEncoder, height: int, width: in
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
         "patch_size": config.patch,
-        "image_size": (height, width) if height != width else height,
+        "image_size": image_size,
     }
     if config.kind == "siglip":
         siglip = SiglipVisionModel(

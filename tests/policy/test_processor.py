@@ -131,12 +131,16 @@ def test_logits_of_another_shape_or_not_finite_are_refused(
         {"proprio_low": (0.0,), "proprio_high": (1.0,)},
     ],
 )
-def test_a_manifest_whose_parts_do_not_fit_is_refused(manifest: Manifest, changes: dict[str, object]) -> None:
+def test_a_manifest_whose_parts_do_not_fit_is_refused(
+    manifest: Manifest, changes: dict[str, object]
+) -> None:
     with pytest.raises(BundleError):
         PolicyProcessor(msgspec.structs.replace(manifest, **changes), make_tokenizer())
 
 
-@pytest.mark.parametrize("tokenizer", [b"", b"{}", b"\xff\xfe", make_tokenizer().replace(b"<pad>", b"<gap>")])
+@pytest.mark.parametrize(
+    "tokenizer", [b"", b"{}", b"\xff\xfe", make_tokenizer().replace(b"<pad>", b"<gap>")]
+)
 def test_a_tokenizer_that_is_none_is_refused(manifest: Manifest, tokenizer: bytes) -> None:
     with pytest.raises(BundleError):
         PolicyProcessor(manifest, tokenizer)

@@ -71,9 +71,7 @@ def test_the_identity_is_the_contents(tmp_path: Path, bundle: Bundle) -> None:
     assert same.id == bundle.id != other.id
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from([WEIGHTS, TOKENIZER, MANIFEST]), data=st.data())
 def test_any_flipped_byte_is_noticed(bundle: Bundle, name: str, data: st.DataObject) -> None:
     path = bundle.path / name
@@ -115,6 +113,7 @@ def test_a_file_that_is_not_whole_is_refused(bundle: Bundle, name: str, how: str
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
     with pytest.raises(BundleError, match="not finite"):
         write_bundle(tmp_path / "b", make_manifest(), {"w": np.array([1.0, value])}, b"{}")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../outside", "..\\outside"])
