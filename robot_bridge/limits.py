@@ -133,8 +133,8 @@ class Limiter:
         self._tolerances = tolerances or Tolerances()
         self._start_slack = np.where(self._is_gripper, self._tolerances.start_m, self._tolerances.start_rad)
         self._position: Vector | None = None
-        self._velocity = np.zeros(len(self._names))
-        self._last_wanted = np.zeros(len(self._names))
+        self._velocity: Vector = np.zeros(len(self._names))
+        self._last_wanted: Vector = np.zeros(len(self._names))
 
     @property
     def position(self) -> Vector | None:

@@ -323,7 +323,8 @@ def _noise(rng: np.random.Generator, strength_m: float, world: Any, k: int) -> A
         jacobian = arm_chain(arm).jacobian(positions[part][:-1])
         damped = jacobian.T @ np.linalg.inv(jacobian @ jacobian.T + 1e-4 * np.eye(6))
         total[part] = [*(damped @ twist), rng.normal(0, _GRIPPER_PER_M * strength_m)]
-    return np.outer(np.arange(1, k + 1) / k, total)
+    ramp: Array = np.arange(1, k + 1) / k
+    return ramp[:, None] * total
 
 
 _recorder: _Recorder | None = None

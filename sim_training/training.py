@@ -313,8 +313,8 @@ def _manifest(
         chunk_length=config.chunk_length,
         dt_s=DT_S,
         codec=msgspec.convert(codec.to_dict(), CodecEntry),
-        proprio_low=tuple(np.float32(proprio[0]).tolist()),
-        proprio_high=tuple(np.float32(proprio[1]).tolist()),
+        proprio_low=tuple(np.asarray(proprio[0], dtype=np.float32).tolist()),
+        proprio_high=tuple(np.asarray(proprio[1], dtype=np.float32).tolist()),
         provenance=Provenance(
             commit=_commit(),
             config=msgspec.to_builtins(config),
