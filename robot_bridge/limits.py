@@ -19,12 +19,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from simplevla.embodiment import Embodiment
 from simplevla.errors import SimplevlaError
+from simplevla.motion import MotionLimits, approach
 
 Vector = NDArray[np.float64]
 
 _DOOR = object()
 _SAME = 1e-12  # rad or m: rounding, snapped away so that an allowed setpoint is passed on bit by bit
-_EVENT = 1e-6  # rad or m: float32 targets may lie this far outside a limit without being an event
 
 
 class LimitsError(SimplevlaError):
@@ -121,9 +121,7 @@ class Limiter:
     ) -> None:
         self.counts: Counter[Cause] = Counter()  # setpoints that each cause has changed
         self._names = embodiment.names()
-        self._lower, self._upper = embodiment.position_limits()
-        self._max_velocity = embodiment.velocity_limits()
-        self._max_acceleration = embodiment.acceleration_limits()
+        self._limits = MotionLimits.of(embodiment)
         self._is_gripper = np.zeros(len(self._names), dtype=bool)
         self._arm_names: dict[int, str] = {}
         for arm, part in embodiment.slices():
@@ -149,9 +147,9 @@ class Limiter:
     def rest(self) -> Vector:
         """Return (D,) where the setpoint comes to rest if it brakes now; zeros before a start."""
         if self._position is None:
-            return np.zeros_like(self._lower)
-        distance = self._velocity * np.abs(self._velocity) / (2 * self._max_acceleration)
-        return np.clip(self._position + distance, self._lower, self._upper)
+            return np.zeros_like(self._limits.lower)
+        distance = self._velocity * np.abs(self._velocity) / (2 * self._limits.acceleration)
+        return np.clip(self._position + distance, self._limits.lower, self._limits.upper)
 
     def reset(self, measured: ArrayLike) -> SafeSetpoint:
         """Start, at rest, from the measured pose (D,) and return it as the first setpoint.
@@ -160,14 +158,14 @@ class Limiter:
             LimitsError: the pose is unknown, or a joint stands well outside its limits.
         """
         pose = np.asarray(measured, dtype=np.float64)
-        if pose.shape != self._lower.shape or not np.isfinite(pose).all():
+        if pose.shape != self._limits.lower.shape or not np.isfinite(pose).all():
             raise LimitsError("the measured pose is not known", "check that every arm sends feedback")
-        start = np.clip(pose, self._lower, self._upper)
+        lower, upper = self._limits.lower, self._limits.upper
+        start = np.clip(pose, lower, upper)
         far = np.flatnonzero(np.abs(start - pose) > self._start_slack)
         if far.size:
             places = ", ".join(
-                f"{self._names[i]} at {pose[i]:.3f} (limits {self._lower[i]:.3f} to {self._upper[i]:.3f})"
-                for i in far
+                f"{self._names[i]} at {pose[i]:.3f} (limits {lower[i]:.3f} to {upper[i]:.3f})" for i in far
             )
             raise LimitsError(
                 f"outside its position limits: {places}", "move the arm by hand, then enable it again"
@@ -198,7 +196,7 @@ class Limiter:
         brake = self._brake(dt)
         target, doubt = self._readable(wanted)
         feedback = np.asarray(measured, dtype=np.float64)
-        if feedback.shape != self._lower.shape or not np.isfinite(feedback).all():
+        if feedback.shape != self._limits.lower.shape or not np.isfinite(feedback).all():
             doubt.append(LimitEvent(Cause.FEEDBACK))
         if doubt:
             return self._hold(brake, dt, doubt)
@@ -206,7 +204,7 @@ class Limiter:
         self._hold_blocked(velocity, brake, feedback, events)
         self._hold_unsafe(velocity, brake, dt, events)
         position = self._advance(velocity, dt)
-        inside = np.clip(target, self._lower, self._upper)
+        inside = np.clip(target, self._limits.lower, self._limits.upper)
         position = np.where(np.abs(position - inside) < _SAME, inside, position)
         setpoint = self._issue(position, (position - self._position) / dt, events)
         self._last_wanted = target
@@ -217,50 +215,26 @@ class Limiter:
         try:
             target = np.asarray(wanted, dtype=np.float64)
         except (TypeError, ValueError):
-            return self._lower, [LimitEvent(Cause.SHAPE)]
-        if target.shape != self._lower.shape:
+            return self._limits.lower, [LimitEvent(Cause.SHAPE)]
+        if target.shape != self._limits.lower.shape:
             return target, [LimitEvent(Cause.SHAPE)]
         bad = np.flatnonzero(~np.isfinite(target))
         return target, [LimitEvent(Cause.NOT_FINITE, self._names[i]) for i in bad]
 
     def _towards(self, wanted: Vector, dt: float) -> tuple[Vector, list[LimitEvent]]:
-        """Return the velocity (D,) with which to approach ``wanted``, and what limited it.
-
-        The error is closed relative to the moving target, no faster than the acceleration limit can
-        brake again, so a step is approached without overshoot and a moving target without lag. A
-        joint that covers d while braking from v with a satisfies v dt + v^2 / (2 a) <= d, whence
-        v <= a (sqrt(dt^2 + 2 d / a) - dt); the same bound towards a position limit keeps it
-        reachable without crossing it, tick after tick.
-        """
+        """Return the velocity (D,) with which to approach ``wanted``, and what limited it."""
         assert self._position is not None
-        limit, a = self._max_velocity, self._max_acceleration
-        target = np.clip(wanted, self._lower, self._upper)
-        moving = (target - np.clip(self._last_wanted, self._lower, self._upper)) / dt
-        jumped = np.abs(moving) > limit * (1 + 1e-9)
-        moving = np.where(jumped, 0.0, moving)
-        error = target - moving * dt - self._position
-        ideal = moving + np.sign(error) * _stoppable(np.abs(error), a, dt)
-        velocity = np.clip(ideal, -limit, limit)
-        velocity = np.clip(velocity, self._velocity - a * dt, self._velocity + a * dt)
-        bounded = np.clip(
-            velocity,
-            -_stoppable(self._position - self._lower, a, dt),
-            _stoppable(self._upper - self._position, a, dt),
-        )
-        reached = self._position + bounded * dt
-        late = np.abs(reached - target) > _EVENT
-        too_far = (np.abs(target - wanted) > _EVENT) | (late & (np.abs(bounded - velocity) * dt > _EVENT))
-        too_fast = late & ~too_far & (jumped | (np.abs(ideal) > limit * (1 + 1e-9)))
-        too_hard = late & ~too_far & ~too_fast
-        events: list[LimitEvent] = []
-        if late.any() or too_far.any():
+        step = approach(self._limits, self._position, self._velocity, self._last_wanted, wanted, dt)
+        events = [
+            LimitEvent(cause, self._names[i])
             for cause, mask in (
-                (Cause.POSITION, too_far),
-                (Cause.VELOCITY, too_fast),
-                (Cause.ACCELERATION, too_hard),
-            ):
-                events += [LimitEvent(cause, self._names[i]) for i in np.flatnonzero(mask)]
-        return bounded, events
+                (Cause.POSITION, step.too_far),
+                (Cause.VELOCITY, step.too_fast),
+                (Cause.ACCELERATION, step.too_hard),
+            )
+            for i in np.flatnonzero(mask)
+        ]
+        return step.velocity, events
 
     def _hold_blocked(
         self, velocity: Vector, brake: Vector, measured: Vector, events: list[LimitEvent]
@@ -284,15 +258,15 @@ class Limiter:
 
     def _rest(self, velocity: Vector, dt: float) -> Vector:
         """Return where the joints come to rest if they move on with ``velocity`` and then brake."""
-        distance = velocity * np.abs(velocity) / (2 * self._max_acceleration)
-        return np.clip(self._advance(velocity, dt) + distance, self._lower, self._upper)
+        distance = velocity * np.abs(velocity) / (2 * self._limits.acceleration)
+        return np.clip(self._advance(velocity, dt) + distance, self._limits.lower, self._limits.upper)
 
     def _advance(self, velocity: Vector, dt: float) -> Vector:
         assert self._position is not None
-        return np.clip(self._position + velocity * dt, self._lower, self._upper)
+        return np.clip(self._position + velocity * dt, self._limits.lower, self._limits.upper)
 
     def _brake(self, dt: float) -> Vector:
-        step = self._max_acceleration * dt
+        step = self._limits.acceleration * dt
         return self._velocity - np.clip(self._velocity, -step, step)
 
     def _hold(self, brake: Vector, dt: float, events: list[LimitEvent]) -> SafeSetpoint:
@@ -305,8 +279,3 @@ class Limiter:
         self._position, self._velocity = position, velocity
         self.counts.update({event.cause for event in events})
         return SafeSetpoint(position.copy(), tuple(events), _DOOR)
-
-
-def _stoppable(distance: Vector, acceleration: Vector, dt: float) -> Vector:
-    """Return the largest speed of one tick of ``dt`` after which braking ends within ``distance``."""
-    return acceleration * (np.sqrt(dt**2 + 2 * np.maximum(distance, 0.0) / acceleration) - dt)

@@ -9,7 +9,11 @@ from numpy.typing import ArrayLike
 
 from sim_training.world import PHYSICS_DT_S, World
 from simplevla.errors import ChunkError
+from simplevla.motion import MotionLimits, approach
 from simplevla.observation import Observation
+
+_REST_S = 0.3  # braking from 0.75 rad/s and coming back takes this long at 5 rad/s2
+_AT_REST = 1e-3  # rad/s and m/s
 
 
 class Played(NamedTuple):
@@ -22,9 +26,10 @@ class Played(NamedTuple):
 def play(world: World, actions: ArrayLike, dt_s: float) -> Played:
     """Play (K, D) absolute targets, one every ``dt_s``, and stop at the first moment of success.
 
-    The setpoint moves in a straight line from the last one to each target, as the arm node
-    interpolates, but no faster than the embodiment's velocity limits, as the limits before the bus
-    have it. Success is tested at every physics step, as in RoboTwin.
+    What is wanted moves in a straight line from the last setpoint to each target, as the arm node
+    interpolates, and the setpoint follows within the embodiment's velocity and acceleration limits, as
+    the limits before the bus have it. After the last target the arms come to rest, as they do while
+    the real stack looks and asks again. Success is tested at every physics step, as in RoboTwin.
 
     Raises:
         ChunkError: ``dt_s`` is shorter than a physics step, or the targets are not finite (K, D).
@@ -42,16 +47,22 @@ def play(world: World, actions: ArrayLike, dt_s: float) -> Played:
     steps = round(dt_s / PHYSICS_DT_S)
     if steps < 1:
         raise ChunkError(f"dt is {dt_s} s, physics steps by {PHYSICS_DT_S} s", "use a longer dt")
-    reach = world.embodiment.velocity_limits() * PHYSICS_DT_S
-    start = setpoint = world.targets()
-    for index, target in enumerate(targets):
+    limits = MotionLimits.of(world.embodiment)
+    start = before = setpoint = world.targets()
+    velocity = np.zeros_like(start)
+    resting = np.repeat(targets[-1:], round(_REST_S / dt_s), axis=0)
+    for index, target in enumerate([*targets, *resting]):
         for step in range(1, steps + 1):
             wanted = start + (target - start) * (step / steps)
-            setpoint = setpoint + np.clip(wanted - setpoint, -reach, reach)
+            velocity = approach(limits, setpoint, velocity, before, wanted, PHYSICS_DT_S).velocity
+            setpoint = setpoint + velocity * PHYSICS_DT_S
+            before = wanted
             world.set_targets(setpoint)
             world.step()
             if world.success():
-                return Played(index + 1, True)
+                return Played(min(index + 1, len(targets)), True)
+            if index >= len(targets) and np.abs(velocity).max() < _AT_REST:
+                return Played(len(targets), False)
         start = target
     return Played(len(targets), False)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from robot_bridge.limits import Cause, Limiter, LimitEvent, LimitsError, SafeSetpoint
 from simplevla.embodiment import Arm, Camera, Embodiment, Gripper, Joint, Pose
+from simplevla.motion import MotionLimits, approach
 
 DT = 0.005
 
@@ -251,3 +252,17 @@ def minimum_jerk(start: np.ndarray, goal: np.ndarray) -> list[np.ndarray]:
     s = np.arange(1, steps + 1)[:, None] / steps
     blend = s**3 * (10 - 15 * s + 6 * s**2)
     return list(start + (goal - start) * blend)
+
+
+def test_the_simulated_arms_move_as_the_limits_let_the_real_ones_move():
+    rng = np.random.default_rng(0)
+    limits = MotionLimits.of(ROBOT)
+    limiter = Limiter(ROBOT)
+    position = limiter.reset([0.0, -1.0, 0.05]).positions.copy()
+    velocity, before = np.zeros(3), position
+    for _ in range(200):
+        wanted = before + rng.normal(0.0, [0.02, 0.02, 0.002])
+        velocity = approach(limits, position, velocity, before, wanted, DT).velocity
+        position, before = position + velocity * DT, wanted
+        admitted = limiter.admit(wanted, limiter.position, DT).positions
+        np.testing.assert_allclose(admitted, position, atol=1e-9)
