@@ -85,7 +85,9 @@ def smooth_move(
     count = int(np.ceil(duration_s / dt_s))
     s = np.arange(1, count + 1)[:, None] / count
     blend = s**3 * (10 - 15 * s + 6 * s**2)
-    return Trajectory(start_s, dt_s, start + (goal - start) * blend, stamp_ns)
+    targets = start + (goal - start) * blend
+    targets[-1] = goal  # exactly: start + (goal - start) may be a rounding error beside it
+    return Trajectory(start_s, dt_s, targets, stamp_ns)
 
 
 class ChunkPlayer:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robot_bridge.chunk_execution import ChunkPlayer, Trajectory
+from robot_bridge.chunk_execution import ChunkPlayer, Trajectory, smooth_move
 from simplevla.errors import ChunkError
 
 HOLD = np.array([0.5, -0.5])
@@ -120,3 +120,19 @@ def test_a_malformed_trajectory_cannot_be_made(points, dt, reason):
 def test_targets_for_another_robot_are_refused():
     with pytest.raises(ChunkError, match="targets have 3 values, the arms have 2"):
         ChunkPlayer(HOLD).offer(trajectory(0.0, [[0, 0, 0]]), now_s=0.0)
+
+
+positions = st.lists(st.floats(-3, 3), min_size=2, max_size=2)
+
+
+@given(positions, positions)
+def test_a_smooth_move_ends_exactly_at_its_goal_within_speed_and_acceleration(start, goal):
+    speed, acceleration, dt = np.array([1.0, 0.5]), np.array([3.0, 2.0]), 0.005
+    move = smooth_move(
+        np.array(start), np.array(goal),
+        speed=speed, acceleration=acceleration, dt_s=dt, start_s=0.0, stamp_ns=1,
+    )  # fmt: skip
+    assert (move.targets[-1] == goal).all()
+    steps = np.diff(np.vstack([start, move.targets]), axis=0) / dt
+    assert (np.abs(steps) <= speed + 1e-6).all()
+    assert (np.abs(np.diff(steps, axis=0)) / dt <= acceleration * 1.001 + 1e-6).all()
