@@ -277,6 +277,7 @@ class Run:
         except SimplevlaError as error:
             attempt.failure, attempt.note = _failure_of(error), str(error)
             attempt.outcome = Outcome.ERROR
+            attempt.duration_s = (time.time_ns() - attempt.started_ns) / 1e9
             self._stop_policy()
         except BaseException:
             self._stop_policy()
