@@ -18,6 +18,7 @@ from simplevla.errors import ChunkError
 Vector = NDArray[np.float64]
 
 _MAX_ACTIONS = 4096
+_INSTANT_S = 1e-6
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class ChunkPlayer:
     def hold(self, positions: ArrayLike) -> None:
         """Forget what was to be played and want ``positions`` (D,) from now on."""
         self._times = np.array([-np.inf])
-        self._points = np.asarray(positions, dtype=np.float64).reshape(1, self._dimension).copy()
+        self._points: Vector = np.asarray(positions, dtype=np.float64).reshape(1, self._dimension).copy()
         self._trajectory: Trajectory | None = None
         self._begins_s = np.inf
         self._skipped = 0
@@ -127,7 +128,8 @@ class ChunkPlayer:
                 "send trajectories in order",
             )
         times = trajectory.times()
-        skipped = int(np.searchsorted(times, now_s, side="right"))
+        # A target due now, but for rounding, is past: reaching it in no time at all would be a jump.
+        skipped = int(np.searchsorted(times, now_s + _INSTANT_S, side="right"))
         if skipped == len(times):
             raise ChunkError(
                 f"stale: its last target was due {now_s - times[-1]:.3f} s ago",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from robot_bridge.chunk_execution import ChunkPlayer, Trajectory, smooth_move
@@ -38,6 +38,9 @@ def test_interpolates_linearly_from_where_it_held_and_then_holds():
 
 
 @given(offers)
+@example(
+    [(0, [[0.0, 1.0]], 1), (-30, [[0.0, 0.0]] * 3, 10)]
+)  # the last target is due now, but for rounding
 def test_never_jumps_and_never_leaves_the_range_of_its_targets(offered):
     player, known = ChunkPlayer(HOLD), [HOLD]
     for stamp, (lead, points, spacing) in enumerate(offered):
