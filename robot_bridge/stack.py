@@ -27,6 +27,7 @@ from simplevla.errors import UnavailableError
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
+_ENDING_S = 60.0  # longer than ending every process takes, even if each has to be killed
 _PATIENCE_S = ((signal.SIGINT, 8.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 3.0))
 
 
@@ -165,11 +166,17 @@ def private(settings: Settings) -> Settings:
 def interruptible() -> Iterator[None]:
     """Let SIGINT and SIGTERM alike interrupt the block, so that everything is ended in order.
 
-    SIGINT too: a process that a shell starts in the background has it ignored.
+    SIGINT too: a process that a shell starts in the background has it ignored. A second signal soon
+    after the first, from an impatient hand or a wrapper that passes on what the terminal has sent
+    already, must not interrupt the ending itself: it would leave arms and buses without a parent.
     """
+    interrupted_s: float | None = None
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        nonlocal interrupted_s
+        if interrupted_s is None or time.monotonic() - interrupted_s > _ENDING_S:
+            interrupted_s = time.monotonic()
+            raise KeyboardInterrupt
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -270,9 +270,9 @@ class Run:
             self._go_home()
             self._scene.reset(seed)
             self._node.wait_still(_STILL_TIMEOUT_S)
+            recorder = self._record(name, seed)
             attempt.started_ns = time.time_ns()
             progress.started(number, seed)
-            recorder = self._record(name, seed)
             self._attempt(attempt, progress)
         except SimplevlaError as error:
             attempt.failure, attempt.note = _failure_of(error), str(error)

@@ -4,6 +4,7 @@ The command that a user types is run as a user runs it. Real are SAPIEN, piper_s
 pyrealsense2, rclpy over Fast DDS, ZMQ and the network; only the metal is not.
 """
 
+import contextlib
 import math
 import os
 import signal
@@ -192,7 +193,7 @@ def test_the_report_shows_it(run, trial, bundle):
     assert f"{trial.recording}/{trial.recording}.mcap" in page
 
 
-def test_ctrl_c_ends_a_run_in_order(bundle, tmp_path):
+def test_an_impatient_ctrl_c_ends_a_run_in_order(bundle, tmp_path):
     out = tmp_path / "run"
     process = start_trials(bundle, out, trials=3)
     try:
@@ -201,7 +202,9 @@ def test_ctrl_c_ends_a_run_in_order(bundle, tmp_path):
             if "running" in line:
                 break
         time.sleep(2)
-        process.send_signal(signal.SIGINT)
+        for _ in range(3):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
         _, logged = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -209,5 +212,17 @@ def test_ctrl_c_ends_a_run_in_order(bundle, tmp_path):
     assert "Traceback" not in logged
     assert list((out / INTERRUPTED).iterdir()) == [out / INTERRUPTED / "trial_000"]
     assert not (out / "trial_000").exists()
+    assert running_with(str(out)) == []
     for name in ("twin", "server", "arms", "policy"):
         assert "Traceback" not in (out / "logs" / f"{name}.log").read_text(), logs(out)
+
+
+def running_with(word: str) -> list[str]:
+    """Return the command lines of the processes that have ``word`` in theirs."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().split(b"\0")
+            if any(word.encode() in each for each in words):
+                found.append(b" ".join(words).decode(errors="replace"))
+    return found
