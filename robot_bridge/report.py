@@ -37,6 +37,7 @@ REAL_TIME = 0.95
 _MEDIA = "media"
 _SHEET_COLUMNS, _SHEET_ROWS = 5, 2
 _VIDEO_FRAMES = 240
+_MIN_SPAN_RAD, _MIN_SPAN_MM = 0.1, 8.0
 _INK, _COMMANDED, _MEASURED = "#1c2733", "#d9730d", "#1f6feb"
 _LEG_COLOURS = ("#8fb8de", "#c9b6e4", "#f2a65a", "#6bbf8a")
 _TITLE: dict[str, Any] = {"loc": "left", "fontsize": 10, "fontweight": "bold"}
@@ -176,6 +177,7 @@ def joints_figure(recording: Recording) -> Figure:
                 _plot_series(panel, series, name, origin_ns, scale, colour=colour, width=width, label=label)
             panel.set_ylabel(f"{joint}\n{unit}")
             panel.margins(x=0.01, y=0.15)
+            _widen(panel, _MIN_SPAN_MM if joint == "gripper" else _MIN_SPAN_RAD)
         panels[0, column].set_title(f"{arm} arm", **_TITLE)
         panels[rows - 1, column].set_xlabel("time, s")
     handles, labels = panels[0, 0].get_legend_handles_labels()
@@ -223,6 +225,14 @@ def _plot_series(
         column = series.position[:, series.names.index(name)]
         seconds = (series.stamp_ns - origin_ns) / 1e9
         panel.plot(seconds, scale * column, color=colour, linewidth=width, label=label)
+
+
+def _widen(panel: Axes, span: float) -> None:
+    """Let the vertical axis span at least ``span``, so that the noise of an arm at rest looks small."""
+    low, high = panel.get_ylim()
+    if high - low < span:
+        middle = (low + high) / 2
+        panel.set_ylim(middle - span / 2, middle + span / 2)
 
 
 def _panels(rows: int, columns: int, width_in: float, height_in: float) -> tuple[Figure, NDArray[Any]]:
@@ -307,6 +317,7 @@ def _render(index: TrialIndex, views: Sequence[TrialView], legs: Sequence[Leg], 
     rate = index.success()
     simulated = simulated_rate(index.run.evaluation if index.run else {})
     factors = [t.real_time_factor for t in index.trials if t.real_time_factor is not None]
+    slowest = min(factors, default=None)
     outcomes = [trial.outcome for trial in index.trials]
     strategies = [trial.strategy.value for trial in index.trials if trial.outcome is Outcome.SUCCESS]
     return environment.get_template("report.html.j2").render(
@@ -321,7 +332,8 @@ def _render(index: TrialIndex, views: Sequence[TrialView], legs: Sequence[Leg], 
         legs=legs,
         latency=latency,
         factor=float(np.median(factors)) if factors else None,
-        slowest=min(factors, default=None),
+        slowest=slowest,
+        slow=slowest is not None and is_slow(slowest),
         real_time=REAL_TIME,
     )
 
@@ -335,6 +347,11 @@ def simulated_rate(evaluation: dict[str, Any]) -> Rate | None:
     if isinstance(wins, int) and isinstance(episodes, int) and 0 <= wins <= episodes and episodes > 0:
         return wilson(wins, episodes)
     return None
+
+
+def is_slow(factor: float) -> bool:
+    """Return whether a real-time factor, as it is shown, is below what counts as real time."""
+    return round(factor, 2) < REAL_TIME
 
 
 def _loss(rate: Rate, simulated: Rate | None) -> str:

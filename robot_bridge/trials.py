@@ -27,7 +27,7 @@ from robot_bridge.latency import ChunkTrace, count_limit_events, one_line, read_
 from robot_bridge.nodes.trial import PolicyState, TrialNode
 from robot_bridge.progress import Progress
 from robot_bridge.recording import TrialRecorder, read_recording
-from robot_bridge.report import REAL_TIME, make_report, simulated_rate
+from robot_bridge.report import is_slow, make_report, simulated_rate
 from robot_bridge.rig import Rig, load_rig
 from robot_bridge.scene import Judgement, OperatorScene, Scene, TwinScene
 from robot_bridge.stack import ProcessEndedError, Stack, interruptible, private
@@ -416,6 +416,8 @@ class _Attempt:
     def judged(self, verdict: Judgement) -> None:
         """Take over the final judgement."""
         self.strategy = verdict.strategy
+        if verdict.success:
+            self.note = ""  # whatever was lost after success has spoilt nothing
         self.note = "; ".join(part for part in (self.note, verdict.note) if part)
         if verdict.success is None:
             self.outcome, self.failure = Outcome.ABSTAINED, FailureCode.NONE
@@ -466,7 +468,7 @@ def summary(index: TrialIndex, traces: list[ChunkTrace]) -> list[str]:
         lines.append(f"errors            {errors} of {len(index.trials)} trials, counted in no rate")
     lines.append(f"latency           {one_line(traces)}")
     if factors:
-        slow = "" if min(factors) >= REAL_TIME else "; below real time, which can cost success"
+        slow = "; below real time, which can cost success" if is_slow(min(factors)) else ""
         lines.append(f"real-time factor  {statistics.median(factors):.2f}, lowest {min(factors):.2f}{slow}")
     return lines
 
