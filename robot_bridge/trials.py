@@ -54,7 +54,8 @@ _HOME_ATTEMPTS = 3
 _ENABLE_TIMEOUT_S = 20.0
 _START_TIMEOUT_S = 10.0
 _STILL_TIMEOUT_S = 5.0
-_SETTLE_S = 1.0
+_SETTLE_TIMEOUT_S = 2.0
+_PAUSE_S = 1.0
 _ERRORS_IN_A_ROW = 2
 _FIRST_DOMAIN, _DOMAINS = 1, 70  # clear of ROS's default, of the twin's own and of the ephemeral ports
 _LOST_WITH = {"server": FailureCode.SERVER_LOST, "arms": FailureCode.ARM_LOST}
@@ -258,7 +259,7 @@ class Run:
                 if not attempts_left:
                     raise
                 _logger.warning("%s; trying again", error)
-                time.sleep(_SETTLE_S)
+                time.sleep(_PAUSE_S)
             else:
                 return
 
@@ -326,24 +327,13 @@ class Run:
         if attempt.lost is not FailureCode.NONE and seen.success is not True:
             raise _LostError(attempt.lost, attempt.note)
         node.call("policy/stop", _START_TIMEOUT_S)
-        if not seen.success:
-            seen = self._settled()
+        node.wait_still(_SETTLE_TIMEOUT_S)
         after = self._scene.watch()
         if before.simulated_s is not None and after.simulated_s is not None:
-            attempt.real_time_factor = (after.simulated_s - before.simulated_s) / (
-                time.monotonic() - began_s
-            )
+            wall_s = time.monotonic() - began_s
+            attempt.real_time_factor = (after.simulated_s - before.simulated_s) / wall_s
         attempt.hear(node.policy, episode)
         attempt.judged(seen if seen.success else self._scene.judge())
-
-    def _settled(self) -> Judgement:
-        """Return the judgement once things have come to rest; success counts at the first sight of it."""
-        deadline = time.monotonic() + _SETTLE_S
-        seen = self._scene.watch()
-        while not seen.success and time.monotonic() < deadline:
-            time.sleep(_WATCH_PERIOD_S)
-            seen = self._scene.watch()
-        return seen
 
     def _stop_policy(self) -> None:
         """Stop the policy, so that the arms hold; they hold by themselves if it cannot be reached."""

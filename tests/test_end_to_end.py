@@ -13,13 +13,12 @@ import sys
 import time
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 
 from robot_bridge.latency import legs_ms, read_traces
 from robot_bridge.recording import INTERRUPTED, Recording, read_recording
-from simplevla.bundle import Bundle, CodecEntry, Manifest, Provenance, load_bundle, write_bundle
+from simplevla.bundle import Bundle, load_bundle
 from simplevla.embodiment import load_embodiment
 from simplevla.files import share_dir
 from simplevla.trial import Outcome, Trial, load_index
@@ -29,61 +28,14 @@ for library in ("rclpy", "sapien", "pyrealsense2", "piper_sdk", "zmq", "torch"):
 
 pytestmark = pytest.mark.slow
 
-STEP_LIMIT = 40
+STEP_LIMIT = 60
 TASK = "move_can_pot"
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory) -> Bundle:
-    """The policy that ships, or one that never learned anything where none ships."""
-    shipped = share_dir() / "bundles" / TASK
-    if (shipped / "manifest.json").is_file():
-        return load_bundle(shipped)
-    return untrained_bundle(tmp_path_factory.mktemp("bundle") / TASK)
-
-
-def untrained_bundle(path: Path) -> Bundle:
-    import torch
-
-    from simplevla.policy.config import NetworkConfig, load_sizes
-    from simplevla.policy.network import make_network, weights_of
-    from simplevla.policy.processor import proprio_size
-    from simplevla.policy.tokenizer import make_tokenizer
-
-    embodiment = load_embodiment("piper_dual")
-    camera, proprio = embodiment.camera("head"), proprio_size(embodiment)
-    config = NetworkConfig(
-        sizes=load_sizes("tiny"),
-        frame_height=camera.height,
-        frame_width=camera.width,
-        n_cameras=1,
-        chunk_length=5,
-        dimension=embodiment.dimension,
-        proprio=proprio,
-    )
-    torch.manual_seed(0)
-    network = make_network(config)
-    network.set_proprio_range(np.full(proprio, -3.0), np.full(proprio, 3.0))
-    manifest = Manifest(
-        name="untrained",
-        created_ns=0,
-        embodiment=embodiment,
-        network=msgspec.to_builtins(config),
-        cameras=("head",),
-        instructions={TASK: "move the can next to the pot"},
-        action_space="ee_delta",
-        chunk_length=5,
-        dt_s=0.1,
-        codec=CodecEntry(
-            ((-0.01,) * 3 + (-0.02,) * 3 + (0.0,)) * 2,
-            ((0.01,) * 3 + (0.02,) * 3 + (0.07,)) * 2,
-            (True,) * embodiment.dimension,
-        ),
-        proprio_low=(-3.0,) * proprio,
-        proprio_high=(3.0,) * proprio,
-        provenance=Provenance(commit="none", config={}, seeds={}, demonstrations=0),
-    )
-    return write_bundle(path, manifest, weights_of(network), make_tokenizer())
+def bundle() -> Bundle:
+    """The policy that ships."""
+    return load_bundle(share_dir() / "bundles" / TASK)
 
 
 def start_trials(bundle: Bundle, out: Path, trials: int) -> subprocess.Popen:
@@ -160,7 +112,7 @@ def test_the_arms_moved_as_they_were_told_and_within_their_limits(recording):
     commanded, measured = recording.commanded, recording.measured
     assert list(commanded.names) == list(measured.names) == embodiment.names()
     joints = [i for i, name in enumerate(embodiment.names()) if not name.endswith("gripper")]
-    assert np.ptp(measured.position[:, joints], axis=0).max() > 0.03
+    assert np.ptp(measured.position[:, joints], axis=0).max() > 0.2
     assert np.abs(measured.position[-1] - commanded.position[-1])[joints].max() < 0.05
     lower, upper = embodiment.position_limits()
     assert (commanded.position >= lower - 1e-6).all()
