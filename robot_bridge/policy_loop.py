@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PLAYED_PATIENCE_S = 0.5
+_MAX_UNPLAYED = 3  # one may be refused for a gap in the joint feedback; then the policy looks again
 
 
 class Phase(str, Enum):
@@ -175,6 +176,7 @@ class PolicyLoop:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._changing = threading.Lock()
+        self._unplayed = 0  # chunks in a row
         self.state = EpisodeState()
 
     def __enter__(self) -> PolicyLoop:
@@ -212,7 +214,7 @@ class PolicyLoop:
             "episode %s: %r, at most %d actions", request.episode, request.instruction, request.step_limit
         )
         try:
-            index, after_ns = 0, time.time_ns()
+            index, after_ns, self._unplayed = 0, time.time_ns(), 0
             while not self._stopping.is_set() and self.state.actions < request.step_limit:
                 after_ns = self._one_chunk(request, index, after_ns)
                 index += 1
@@ -278,13 +280,15 @@ class PolicyLoop:
         stopping = self._stopping.is_set()
         count = len(chunk.actions)
         played = self._played.wait(chunk.stamp_ns, count, 0.0 if stopping else _PLAYED_PATIENCE_S)
-        if played is None and not stopping:
+        self._unplayed = self._unplayed + 1 if played is None else 0
+        if self._unplayed == _MAX_UNPLAYED and not stopping:
             error = UnavailableError(
-                "the arms did not play a trajectory", "see the arms' diagnostics and log"
+                f"the arms did not play {_MAX_UNPLAYED} trajectories in a row",
+                "see the arms' diagnostics and log",
             )
             raise _LostError(FailureCode.ARM_LOST) from error
         if played != count and not stopping:
-            logger.warning("chunk %d: the arms played %s of %d actions", chunk.index, played, count)
+            logger.warning("chunk %d: the arms played %d of %d actions", chunk.index, played or 0, count)
         self.state = replace(self.state, actions=chunk.first_action + (played or 0))
 
     def _fail(self, failure: FailureCode, reason: str) -> None:

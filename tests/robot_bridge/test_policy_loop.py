@@ -145,6 +145,19 @@ def test_what_is_lost_ends_the_episode_by_name_and_the_next_one_works(bench, los
     assert bench.loop.state.episode == "two"
 
 
+def test_after_one_refused_trajectory_the_policy_looks_again(bench):
+    bench.arms.deaf = True
+    bench.loop.start(Request("move it", "one", 10))
+    while len(bench.arms.chunks) < 2:  # the first was not played, and another followed
+        assert bench.loop.state.phase is Phase.RUNNING
+        time.sleep(0.01)
+    bench.arms.deaf = False
+    while bench.loop.state.phase is Phase.RUNNING:
+        time.sleep(0.01)
+    assert (bench.loop.state.phase, bench.loop.state.actions) == (Phase.FINISHED, 10)
+    assert [chunk.first_action for chunk in bench.arms.chunks] == [0, 0, 5]
+
+
 def test_stopping_ends_it_early_and_counts_what_was_played(bench):
     bench.loop.start(Request("move it", "one", 1000))
     with pytest.raises(UnavailableError, match="is running"):
