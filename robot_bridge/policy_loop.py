@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PLAYED_PATIENCE_S = 0.5
+_DISCOVERY_S = 10.0  # until DDS has brought two nodes of a busy machine together
 _MAX_UNPLAYED = 3  # one may be refused for a gap in the joint feedback; then the policy looks again
 
 
@@ -102,6 +103,11 @@ class JointTimeline:
         with self._news:
             self._values.append((stamp_ns, positions))
             self._news.notify_all()
+
+    def heard(self, timeout_s: float) -> bool:
+        """Return whether there are any positions yet, having waited for the first ones."""
+        with self._news:
+            return bool(self._news.wait_for(lambda: self._values, timeout_s))
 
     def at(self, stamp_ns: int, timeout_s: float) -> NDArray[np.float64]:
         """Return the first positions (D,) that are not older than ``stamp_ns``, once there are any.
@@ -214,6 +220,7 @@ class PolicyLoop:
             "episode %s: %r, at most %d actions", request.episode, request.instruction, request.step_limit
         )
         try:
+            self._meet_arms()
             index, after_ns, self._unplayed = 0, time.time_ns(), 0
             while not self._stopping.is_set() and self.state.actions < request.step_limit:
                 after_ns = self._one_chunk(request, index, after_ns)
@@ -226,6 +233,13 @@ class PolicyLoop:
         else:
             if self.state.actions >= request.step_limit:
                 self.state = replace(self.state, phase=Phase.FINISHED)
+
+    def _meet_arms(self) -> None:
+        """Wait for the first word of arms that were never heard; those heard before answer at once."""
+        deadline = time.monotonic() + _DISCOVERY_S
+        while not self._joints.heard(0.1) and time.monotonic() < deadline:
+            if self._stopping.is_set():
+                return
 
     def _one_chunk(self, request: Request, index: int, after_ns: int) -> int:
         """Observe after ``after_ns``, ask, have the chunk played; return when its last action was due."""

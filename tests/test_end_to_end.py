@@ -162,8 +162,9 @@ def test_an_impatient_ctrl_c_ends_a_run_in_order(bundle, tmp_path):
         process.kill()
     assert process.returncode == 130, logged
     assert "Traceback" not in logged
-    assert list((out / INTERRUPTED).iterdir()) == [out / INTERRUPTED / "trial_000"]
-    assert not (out / "trial_000").exists()
+    finished = [trial.id for trial in load_index(out).trials]
+    assert list((out / INTERRUPTED).iterdir()) == [out / INTERRUPTED / f"trial_{len(finished):03}"]
+    assert [path.name for path in sorted(out.glob("trial_*"))] == finished
     assert running_with(str(out)) == []
     for name in ("twin", "server", "arms", "policy"):
         assert "Traceback" not in (out / "logs" / f"{name}.log").read_text(), logs(out)

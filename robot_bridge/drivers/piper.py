@@ -43,6 +43,7 @@ MAX_GRIPPER_EFFORT_NM = 5.0  # the range of frame 0x159
 
 _STATUS, _JOINTS_12, _JOINTS_34, _JOINTS_56, _GRIPPER = 0x2A1, 0x2A5, 0x2A6, 0x2A7, 0x2A8
 _LOW_SPEED, _FIRMWARE = range(0x261, 0x267), 0x4AF
+_FIRMWARE_PATIENCE_S = 0.2
 _CYCLE_S = 0.004  # the joint frames come every 5 ms; three frames of one cycle lie closer than this
 _ALL_MOTORS = 7
 _MODE_AGAIN_S = 0.1
@@ -363,6 +364,9 @@ class PiperDriver:
                 f"arm {self.arm.name}: nothing heard on {self._where} within {self._connect_timeout_s:g} s",
                 self._remedy,
             )
+        if not self._wait(lambda: bool(self.firmware), _FIRMWARE_PATIENCE_S):
+            with self._send_lock:  # the answer may have come before the reader listened
+                self._sdk.SearchPiperFirmwareVersion()
         if self.state().enabled:
             self._armed = True
             self._command_measured()

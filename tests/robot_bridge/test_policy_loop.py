@@ -52,10 +52,10 @@ class Server:
 class Arms:
     """Arms that report their joints, and play every trajectory as it is meant, or none at all."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, silent: bool = False) -> None:
         self.joints, self.played = JointTimeline(), PlayedCounts()
         self.chunks: list[PlayedChunk] = []
-        self.deaf = self.silent = False
+        self.deaf, self.silent = False, silent
         self._closing = threading.Event()
         threading.Thread(target=self._report, daemon=True).start()
 
@@ -99,6 +99,7 @@ def bench():
     with PolicyLoop(
         server, {"head": camera}, arms.joints, arms.played, arms.publish, timeout_s=0.2
     ) as loop:
+        assert arms.joints.heard(2.0)
         yield Bench(camera, server, arms, loop)
     arms.close()
 
@@ -111,6 +112,22 @@ def test_an_episode_ends_at_its_step_limit_with_every_action_counted(bench):
     assert [chunk.first_action for chunk in bench.arms.chunks] == [0, 5, 10]
     assert [seen.last_action for seen in bench.server.seen] == [-1, 4, 9]
     assert {(seen.instruction, seen.episode) for seen in bench.server.seen} == {("move it", "one")}
+
+
+def test_arms_that_were_never_heard_are_waited_for_longer_than_arms_that_fell_silent():
+    camera, server, arms = Camera(), Server(), Arms(silent=True)
+    with PolicyLoop(
+        server, {"head": camera}, arms.joints, arms.played, arms.publish, timeout_s=0.2
+    ) as loop:
+        loop.start(Request("move it", "one", 5))
+        time.sleep(0.6)
+        assert loop.state.phase is Phase.RUNNING
+        arms.silent = False
+        deadline = time.monotonic() + 5
+        while loop.state.phase is Phase.RUNNING and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert (loop.state.phase, loop.state.actions) == (Phase.FINISHED, 5)
+    arms.close()
 
 
 def test_it_looks_again_only_when_the_last_chunk_was_played(bench):
