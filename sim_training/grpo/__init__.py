@@ -1,0 +1,1 @@
+"""Reinforcement learning from outcomes: GRPO on verl."""
