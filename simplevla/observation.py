@@ -12,6 +12,7 @@ from simplevla.embodiment import Embodiment
 from simplevla.errors import ObservationError
 
 MAX_INSTRUCTION_CHARS = 512
+MAX_COMMITTED = 512
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,10 @@ class Observation:
         capture_ns: when the images were exposed, ns of the system clock.
         episode: identifies the attempt; a server keeps nothing across episodes.
         last_action: index in the episode of the last action already executed, -1 before the first.
+        committed: (m, D) float32 absolute joint targets that will be executed next whatever the answer
+            says, in order, the first at index ``last_action + 1``; None if there are none. Where it is
+            given, action i of the answer is meant for index ``last_action + 1 + i``, so the answer's
+            first m actions are these, and the rest continues from them.
     """
 
     images: Mapping[str, NDArray[np.uint8]]
@@ -33,6 +38,7 @@ class Observation:
     capture_ns: int
     episode: str = ""
     last_action: int = -1
+    committed: NDArray[np.float32] | None = None
 
 
 def check_observation(
@@ -56,6 +62,19 @@ def check_observation(
     if not np.isfinite(state).all():
         bad = [n for n, ok in zip(names, np.isfinite(state), strict=True) if not ok]
         raise ObservationError(f"state is not finite: {', '.join(bad)}", "check the joint feedback")
+    committed = observation.committed
+    if committed is not None and (
+        committed.dtype != np.float32
+        or committed.ndim != 2
+        or committed.shape[1] != len(names)
+        or not 1 <= len(committed) <= MAX_COMMITTED
+        or not np.isfinite(committed).all()
+    ):
+        raise ObservationError(
+            f"committed actions are {committed.dtype} {committed.shape}, not finite float32 "
+            f"(1 to {MAX_COMMITTED}, {len(names)})",
+            "send what is left of the chunk that is being executed",
+        )
     if len(observation.instruction) > MAX_INSTRUCTION_CHARS:
         raise ObservationError(
             f"instruction has {len(observation.instruction)} characters",

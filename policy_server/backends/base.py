@@ -28,6 +28,7 @@ class SessionInfo:
         device: such as ``cpu``.
         precision: such as ``fp32``.
         engine: key of the compiled engine; empty where there is none.
+        max_batch: how many observations one run may hold; 1 where shapes are static.
     """
 
     backend: str
@@ -35,6 +36,7 @@ class SessionInfo:
     device: str
     precision: str
     engine: str = ""
+    max_batch: int = 1
 
 
 @dataclass(frozen=True)
@@ -51,17 +53,17 @@ class SessionOptions:
 
 
 class Session(Protocol):
-    """A loaded network, ready to compute; batch 1, static shapes."""
+    """A loaded network, ready to compute, for up to ``info.max_batch`` observations at once."""
 
     @property
     def info(self) -> SessionInfo:
         """What computes the network."""
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Return the logits (1, K * D, 256) float32.
+        """Return the logits (B, K * D, 256) float32, B from 1 to ``info.max_batch``.
 
         Args:
             inputs: what the policy's processor makes of an observation: ``frames`` uint8
-                (1, cameras, H, W, 3), ``input_ids`` and ``attention_mask`` int64 (1, L),
-                ``proprio`` float32 (1, P).
+                (B, cameras, H, W, 3), ``input_ids`` and ``attention_mask`` int64 (B, L),
+                ``proprio`` float32 (B, P).
         """

@@ -14,6 +14,8 @@ from simplevla.errors import MissingExtraError
 
 BACKEND = "torch"
 
+_MAX_BATCH = 16
+
 
 class TorchSession:
     """The bundle's network in torch, fp32 on the CPU."""
@@ -35,7 +37,7 @@ class TorchSession:
         if options is not None and options.threads:
             torch.set_num_threads(options.threads)
         self._network = load_network(bundle)
-        self.info = SessionInfo(BACKEND, str(torch.__version__), "cpu", "fp32")
+        self.info = SessionInfo(BACKEND, str(torch.__version__), "cpu", "fp32", max_batch=_MAX_BATCH)
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """Return the logits; see :class:`~policy_server.backends.base.Session`."""
