@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from sim_training.world import PHYSICS_DT_S, World
 from simplevla.errors import ChunkError
 from simplevla.motion import MotionLimits, approach
 from simplevla.observation import Observation
+
+Array = NDArray[np.float64]
 
 _REST_S = 0.3  # braking from 0.75 rad/s and coming back takes this long at 5 rad/s2
 _AT_REST = 1e-3  # rad/s and m/s
@@ -44,27 +46,64 @@ def play(world: World, actions: ArrayLike, dt_s: float) -> Played:
             f"actions of shape {targets.shape} are not finite (K, {world.embodiment.dimension}) targets",
             "check the policy",
         )
-    steps = round(dt_s / PHYSICS_DT_S)
-    if steps < 1:
-        raise ChunkError(f"dt is {dt_s} s, physics steps by {PHYSICS_DT_S} s", "use a longer dt")
-    limits = MotionLimits.of(world.embodiment)
-    start = before = setpoint = world.targets()
+    path = setpoints(MotionLimits.of(world.embodiment), world.targets()[None], targets[None], dt_s)
+    steps, success = world.follow(path[0])
+    return Played(min(-(-steps // physics_steps(dt_s)), len(targets)), success)
+
+
+def setpoints(limits: MotionLimits, start: Array, targets: Array, dt_s: float) -> list[Array]:
+    """Return what N robots are driven by, physics step by physics step, until they rest again.
+
+    Nothing measured enters, so that all of them are computed at once.
+
+    Args:
+        start: (N, D) where the setpoints are, at rest.
+        targets: (N, K, D) absolute targets, one every ``dt_s``.
+
+    Returns:
+        N arrays (T, D); T differs, since each rests after a time of its own.
+
+    Raises:
+        ChunkError: ``dt_s`` is shorter than a physics step.
+    """
+    steps = physics_steps(dt_s)
+    resting = np.repeat(targets[:, -1:], round(_REST_S / dt_s), axis=1)
+    corner = before = setpoint = start
     velocity = np.zeros_like(start)
-    resting = np.repeat(targets[-1:], round(_REST_S / dt_s), axis=0)
-    for index, target in enumerate([*targets, *resting]):
+    path, ends = [], np.zeros(len(start), dtype=np.int64)
+    last = targets.shape[1]
+    for index, target in enumerate(np.concatenate([targets, resting], axis=1).swapaxes(0, 1)):
         for step in range(1, steps + 1):
-            wanted = start + (target - start) * (step / steps)
+            wanted = corner + (target - corner) * (step / steps)
             velocity = approach(limits, setpoint, velocity, before, wanted, PHYSICS_DT_S).velocity
             setpoint = setpoint + velocity * PHYSICS_DT_S
             before = wanted
-            world.set_targets(setpoint)
-            world.step()
-            if world.success():
-                return Played(min(index + 1, len(targets)), True)
-            if index >= len(targets) and np.abs(velocity).max() < _AT_REST:
-                return Played(len(targets), False)
-        start = target
-    return Played(len(targets), False)
+            path.append(setpoint)
+            if index >= last:
+                still = np.abs(velocity).max(axis=1) < _AT_REST
+                ends = np.where(still & (ends == 0), len(path), ends)
+                if ends.all():
+                    return _cut(path, ends)
+        corner = target
+    return _cut(path, np.where(ends == 0, len(path), ends))
+
+
+def physics_steps(dt_s: float) -> int:
+    """Return how many physics steps an action takes.
+
+    Raises:
+        ChunkError: not one.
+    """
+    steps = round(dt_s / PHYSICS_DT_S)
+    if steps < 1:
+        raise ChunkError(f"dt is {dt_s} s, physics steps by {PHYSICS_DT_S} s", "use a longer dt")
+    return steps
+
+
+def _cut(path: list[Array], ends: NDArray[np.int64]) -> list[Array]:
+    return [
+        np.ascontiguousarray(column[:end]) for column, end in zip(np.stack(path, axis=1), ends, strict=True)
+    ]
 
 
 def observe(world: World, cameras: tuple[str, ...], last_action: int) -> Observation:

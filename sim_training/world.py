@@ -26,18 +26,11 @@ except ImportError as error:
 
     raise MissingExtraError("sapien", "sim") from error
 
-from sim_training.assets import Asset, Mesh, Visual, box
-from sim_training.randomisation import (
-    PLACEMENT_KEY,
-    CameraShift,
-    Randomisation,
-    Surface,
-    Variation,
-    draw,
-    generator,
-)
+from sim_training import room
+from sim_training.assets import Asset
+from sim_training.randomisation import PLACEMENT_KEY, Randomisation, Variation, draw, generator
 from sim_training.tasks.base import TABLE_TOP_M, Circle, Judge, Placement, Task
-from simplevla.embodiment import Arm, Camera, Embodiment
+from simplevla.embodiment import Arm, Embodiment
 from simplevla.errors import EmbodimentError, UnavailableError
 from simplevla.files import share_dir
 from simplevla.trial import FailureCode, Strategy
@@ -58,14 +51,6 @@ _FINGER_DAMPING_NS_M = 14.0
 _FINGER_FORCE_N = 15.0
 _PAD_FRICTION = 1.0
 _LINK_FRICTION = 0.5
-_TABLE_FRICTION = 0.5
-
-_TABLE_SIZE_M = (1.2, 0.7, 0.05)
-_WALL_CENTRE_M, _WALL_HALF_M = (0.0, 1.0, 1.5), (3.0, 0.6, 1.5)
-_LIGHT_DIRECTION = (0.0, 0.5, -1.0)
-_POINT_LIGHTS_M = ((1.0, 0.0, 1.8), (-1.0, 0.0, 1.8))
-_AMBIENT, _DIRECTIONAL, _POINT = 0.45, 1.5, 0.9
-_NEAR_M, _FAR_M = 0.05, 20.0
 
 
 class World:
@@ -127,7 +112,7 @@ class World:
         variation = draw(self.randomisation, seed, cameras=len(self.embodiment.cameras))
         self.table_top_m = TABLE_TOP_M + variation.table_height_m
         self._scene = _new_scene(self._render)
-        self._add_room(variation)
+        room.add_room(self._scene, variation, self.table_top_m, render=self._render)
         self._arms = [
             _SimulatedArm(self._scene, arm, self._render, variation.friction_factor)
             for arm in self.embodiment.arms
@@ -138,12 +123,11 @@ class World:
             self._add_object(placement, variation)
         self._add_strays(variation)
         if self._render:
-            self._add_lights(variation)
+            room.add_lights(self._scene, variation, self.embodiment.cameras)
             for camera, shift in zip(self.embodiment.cameras, variation.cameras, strict=True):
-                self._add_camera(camera, shift)
+                self._cameras[camera.name] = room.add_camera(self._scene, camera, shift)
         start = self.embodiment.home() if positions is None else np.asarray(positions, dtype=np.float64)
-        for arm, (_, part) in zip(self._arms, self.embodiment.slices(), strict=True):
-            arm.place(start[part])
+        self.place_arms(start)
         self.set_targets(start)
         self._scene_steps(_SETTLE_STEPS)
         self._steps = 0
@@ -158,6 +142,12 @@ class World:
     def placements(self) -> tuple[Placement, ...]:
         """Where the task's things stood at the reset."""
         return self._placements
+
+    def place_arms(self, positions: ArrayLike) -> None:
+        """Put the arms at ``positions`` (D,) at once, at rest; no physics happens."""
+        values = np.asarray(positions, dtype=np.float64)
+        for arm, (_, part) in zip(self._arms, self.embodiment.slices(), strict=True):
+            arm.place(values[part])
 
     def set_targets(self, targets: ArrayLike) -> None:
         """Set the drive targets, (D,); they hold until they are set again."""
@@ -177,6 +167,35 @@ class World:
             self._steps += 1
             if self._steps % _WATCH_EVERY == 0:
                 self._judge.watch()
+
+    def follow(self, setpoints: Array) -> tuple[int, bool]:
+        """Play (T, D) drive targets, one a physics step, until success.
+
+        Returns how many were played and whether success came. The same as ``set_targets`` and ``step``
+        for each, with nothing computed twice: this is where a rollout spends its time.
+        """
+        drives = [drive for arm in self._arms for drive in arm.drives]
+        rows = np.concatenate(
+            [
+                part
+                for _, columns in self.embodiment.slices()
+                for part in (
+                    setpoints[:, columns][:, :-1],
+                    *[setpoints[:, columns.stop - 1, None] / 2] * 2,
+                )
+            ],
+            axis=1,
+        ).tolist()
+        for number, row in enumerate(rows):
+            for drive, value in zip(drives, row, strict=True):
+                drive(value)
+            self.step()
+            if self._judge.success():
+                self._targets = setpoints[number].copy()
+                return number + 1, True
+        if rows:
+            self._targets = setpoints[-1].copy()
+        return len(rows), False
 
     def positions(self) -> Array:
         """Return the measured (D,) positions."""
@@ -198,6 +217,11 @@ class World:
         """Return the (4, 4) pose of a thing of the task in the world; its origin is its foot."""
         matrix: Array = self._bodies[name].entity_pose.to_transformation_matrix().astype(np.float64)
         return matrix
+
+    def object_position(self, name: str) -> Array:
+        """Return where the foot of a thing of the task is, (3,) in the world; quicker than its pose."""
+        place: Array = self._bodies[name].entity_pose.p.astype(np.float64)
+        return place
 
     def set_object_pose(self, name: str, pose: ArrayLike) -> None:
         """Put a thing of the task at a (4, 4) pose in the world, at rest."""
@@ -260,66 +284,27 @@ class World:
 
     def develop(self, camera: str) -> NDArray[np.uint8]:
         """Return the picture that was last exposed; waits until it is drawn. See :meth:`render`."""
-        return _rgb(self._cameras[camera])
+        return room.rgb(self._cameras[camera])
 
     def move_camera(self, camera: str, position_m: ArrayLike, look_at_m: ArrayLike) -> None:
         """Move a camera of the embodiment; "up" in its picture is towards world +z."""
         self.embodiment.camera(camera)
-        self._cameras[camera].entity.pose = _look_at(position_m, look_at_m)
+        self._cameras[camera].entity.pose = room.look_at(position_m, look_at_m)
+
+    def place_camera(self, camera: str, pose: ArrayLike) -> None:
+        """Put the optical frame of a camera of the embodiment at ``pose`` (4, 4) in the world, m."""
+        self.embodiment.camera(camera)
+        self._cameras[camera].entity.pose = room.of_optical_frame(np.asarray(pose, dtype=np.float64))
 
     def view(
         self, position_m: ArrayLike, look_at_m: ArrayLike, *, width: int, height: int, fov_deg: float
     ) -> NDArray[np.uint8]:
         """Return one picture from anywhere, with a nicer shader than the robot's cameras have."""
-        component = sapien.render.RenderCameraComponent(width, height, _shader("default"))
-        component.set_fovy(np.deg2rad(fov_deg), True)
-        component.near, component.far = _NEAR_M, _FAR_M
-        entity = sapien.Entity()
-        entity.add_component(component)
-        entity.pose = _look_at(position_m, look_at_m)
-        self._scene.add_entity(entity)
-        try:
-            self._scene.update_render()
-            component.take_picture()
-            return _rgb(component)
-        finally:
-            self._scene.remove_entity(entity)
+        return room.view(self._scene, position_m, look_at_m, width=width, height=height, fov_deg=fov_deg)
 
     def _scene_steps(self, n: int) -> None:
         for _ in range(n):
             self._scene.step()
-
-    def _add_room(self, variation: Variation) -> None:
-        friction = _TABLE_FRICTION * variation.friction_factor
-        size, top = np.array(_TABLE_SIZE_M), self.table_top_m
-        half = tuple(size / 2)
-        table_z = top - half[2]
-        self._add_static("table", [(half, (0.0, 0.0, table_z), variation.table)], friction)
-        legs = [
-            (
-                (0.025, 0.025, table_z / 2 - 0.0125),
-                (x, y, table_z / 2 - 0.0125),
-                Surface((0.70, 0.69, 0.67)),
-            )
-            for x in (-0.55, 0.55)
-            for y in (-0.3, 0.3)
-        ]
-        self._add_static("legs", legs, friction)
-        self._add_static("wall", [(_WALL_HALF_M, _WALL_CENTRE_M, variation.wall)], friction)
-        floor = ((4.0, 4.0, 0.01), (0.0, 0.0, -0.01), Surface((0.45, 0.44, 0.43)))
-        self._add_static("ground", [floor], friction)
-
-    def _add_static(self, name: str, boxes: list[Any], friction: float) -> None:
-        material = sapien.physx.PhysxMaterial(friction, friction, 0.0)
-        body = sapien.physx.PhysxRigidStaticComponent()
-        look = sapien.render.RenderBodyComponent() if self._render else None
-        for half, centre, surface in boxes:
-            shape = sapien.physx.PhysxCollisionShapeBox(half_size=half, material=material)
-            shape.local_pose = sapien.Pose(centre)
-            body.attach(shape)
-            if look is not None:
-                look.attach(_shape(box(half, centre), _paint(surface)))
-        self._add_entity(name, body, look, sapien.Pose())
 
     def _add_object(self, placement: Placement, variation: Variation) -> None:
         asset = placement.asset
@@ -329,7 +314,7 @@ class World:
         body.cmass_local_pose = sapien.Pose([0, 0, asset.height_m / 2])
         body.inertia = asset.inertia() * variation.mass_factor
         pose = _standing(placement.xy_m, placement.yaw_rad, self.table_top_m + 0.0005)
-        self._add_entity(placement.name, body, self._look(asset), pose)
+        room.add_entity(self._scene, placement.name, pose, body, *self._look(asset))
         self._bodies[placement.name] = body
 
     def _add_strays(self, variation: Variation) -> None:
@@ -347,47 +332,10 @@ class World:
             body = sapien.physx.PhysxRigidStaticComponent()
             _attach_hulls(body, stray.asset, variation.friction_factor)
             pose = _standing(stray.xy_m, stray.yaw_rad, self.table_top_m)
-            self._add_entity(f"stray{i}", body, self._look(stray.asset), pose)
+            room.add_entity(self._scene, f"stray{i}", pose, body, *self._look(stray.asset))
 
-    def _look(self, asset: Asset) -> Any:
-        if not self._render:
-            return None
-        look = sapien.render.RenderBodyComponent()
-        for visual in asset.visuals:
-            look.attach(_shape(visual.mesh, _material(visual)))
-        return look
-
-    def _add_entity(self, name: str, body: Any, look: Any, pose: Any) -> None:
-        entity = sapien.Entity()
-        entity.name = name
-        entity.add_component(body)
-        if look is not None:
-            entity.add_component(look)
-        entity.pose = pose
-        self._scene.add_entity(entity)
-
-    def _add_lights(self, variation: Variation) -> None:
-        sun, *lamps = (np.array(colour) for colour in variation.light_colours)
-        self._scene.set_ambient_light([_AMBIENT] * 3)
-        self._scene.add_directional_light(
-            _LIGHT_DIRECTION, _DIRECTIONAL * sun, shadow=True, shadow_scale=1.2, shadow_map_size=1024
-        )
-        for position, lamp in zip(_POINT_LIGHTS_M, lamps, strict=True):
-            self._scene.add_point_light(position, _POINT * lamp, shadow=False)
-
-    def _add_camera(self, camera: Camera, shift: CameraShift) -> None:
-        component = sapien.render.RenderCameraComponent(camera.width, camera.height, _shader("minimal"))
-        component.set_perspective_parameters(
-            _NEAR_M, _FAR_M, camera.fx, camera.fy, camera.cx, camera.cy, 0.0
-        )
-        entity = sapien.Entity()
-        entity.add_component(component)
-        offset = np.eye(4)
-        offset[:3, :3] = Rotation.from_euler("xyz", shift.rpy_rad).as_matrix()
-        offset[:3, 3] = shift.xyz_m
-        entity.pose = _look_at(camera.position_m, camera.look_at_m) * sapien.Pose(offset)
-        self._scene.add_entity(entity)
-        self._cameras[camera.name] = component
+    def _look(self, asset: Asset) -> list[Any]:
+        return [room.look_of(asset)] if self._render else []
 
 
 class _SimulatedArm:
@@ -421,19 +369,19 @@ class _SimulatedArm:
             joints[i].set_drive_properties(
                 _FINGER_STIFFNESS_N_M, _FINGER_DAMPING_NS_M, _FINGER_FORCE_N, mode="force"
             )
-        self._drives = [joints[i] for i in (*self._revolute, *sliding)]
+        self.drives = [joints[i].set_drive_target for i in (*self._revolute, *sliding)]
         self._tool = articulation.find_link_by_name(arm.tool_link)
 
     def place(self, values: Array) -> None:
-        joints = np.zeros(len(self._drives))
+        joints = np.zeros(len(self.drives))
         joints[self._revolute] = values[:-1]
         joints[self._sliding] = values[-1] / 2
         self._articulation.set_qpos(joints)
 
     def set_targets(self, values: Array) -> None:
         half = values[-1] / 2
-        for drive, value in zip(self._drives, [*values[:-1].tolist(), half, half], strict=True):
-            drive.set_drive_target(value)
+        for drive, value in zip(self.drives, [*values[:-1].tolist(), half, half], strict=True):
+            drive(value)
 
     def positions(self) -> Array:
         return self._pick(self._articulation.qpos)
@@ -462,24 +410,13 @@ class _SimulatedArm:
                 shape.physical_material = material
 
 
-def _rgb(component: Any) -> NDArray[np.uint8]:
-    colour = component.get_picture("Color")[..., :3]
-    return np.round(np.clip(colour, 0, 1) * 255).astype(np.uint8)
-
-
 def _new_scene(render: bool) -> Any:
     sapien.physx.set_scene_config(enable_enhanced_determinism=True)
     sapien.physx.set_body_config(solver_position_iterations=10, solver_velocity_iterations=1)
     sapien.physx.set_shape_config(contact_offset=0.005)
     systems: list[Any] = [sapien.physx.PhysxCpuSystem()]
     if render:
-        try:
-            systems.append(sapien.render.RenderSystem())
-        except RuntimeError as error:
-            raise UnavailableError(
-                f"no graphics driver can draw the scene: {error}",
-                "install Vulkan drivers (Debian, Ubuntu: mesa-vulkan-drivers 24.3 or newer)",
-            ) from error
+        systems.append(room.new_render_system())
     scene = sapien.Scene(systems)
     scene.set_timestep(PHYSICS_DT_S)
     return scene
@@ -497,7 +434,7 @@ def _arm_builder(urdf: str, render: bool) -> Any:
             link.visual_records.clear()
         for record in link.visual_records:
             if record.material is not None:
-                record.material.base_color = _linear(record.material.base_color[:3])
+                record.material.base_color = room.linear(record.material.base_color[:3])
                 record.material.roughness, record.material.specular = 0.5, 0.5
     return builder
 
@@ -513,42 +450,6 @@ def _attach_hulls(body: Any, asset: Asset, friction_factor: float) -> None:
         )
 
 
-def _shape(mesh: Mesh, material: Any) -> Any:
-    return sapien.render.RenderShapeTriangleMesh(
-        mesh.vertices, mesh.triangles, mesh.normals, mesh.uvs, material
-    )
-
-
-def _material(visual: Visual) -> Any:
-    return sapien.render.RenderMaterial(
-        base_color=_linear(visual.colour),
-        roughness=visual.roughness,
-        specular=0.5,
-        metallic=visual.metallic,
-    )
-
-
-def _paint(surface: Surface) -> Any:
-    material = sapien.render.RenderMaterial(
-        base_color=_linear(surface.colour), roughness=0.9, specular=0.1, metallic=0.0
-    )
-    if surface.texture is not None:
-        alpha = np.full((*surface.texture.shape[:2], 1), 255, np.uint8)
-        material.base_color_texture = sapien.render.RenderTexture2D(
-            np.concatenate([surface.texture, alpha], axis=2), "R8G8B8A8Unorm", srgb=True
-        )
-    return material
-
-
-def _linear(colour: ArrayLike) -> list[float]:
-    """Return an sRGB colour as the linear RGBA that the renderer computes with (gamma 2.2)."""
-    return [*(float(c) ** 2.2 for c in np.asarray(colour)), 1.0]
-
-
-def _shader(name: str) -> str:
-    return str(Path(sapien.__file__).parent / "vulkan_shader" / name)
-
-
 def _standing(xy_m: tuple[float, float], yaw_rad: float, z_m: float) -> Any:
     return sapien.Pose([*xy_m, z_m], [np.cos(yaw_rad / 2), 0, 0, np.sin(yaw_rad / 2)])
 
@@ -556,16 +457,3 @@ def _standing(xy_m: tuple[float, float], yaw_rad: float, z_m: float) -> Any:
 def _pose_of_base(arm: Arm) -> Any:
     quaternion = Rotation.from_euler("xyz", arm.base.rpy_rad).as_quat(scalar_first=True)
     return sapien.Pose(arm.base.xyz_m, quaternion)
-
-
-def _look_at(position_m: ArrayLike, look_at_m: ArrayLike) -> Any:
-    """Return the pose of a SAPIEN camera (x forward, y left, z up)."""
-    position = np.asarray(position_m, dtype=np.float64)
-    forward = np.asarray(look_at_m, dtype=np.float64) - position
-    forward /= np.linalg.norm(forward)
-    left = np.cross((0.0, 0.0, 1.0), forward)
-    left /= np.linalg.norm(left)
-    matrix = np.eye(4)
-    matrix[:3, :3] = np.stack([forward, left, np.cross(forward, left)], axis=1)
-    matrix[:3, 3] = position
-    return sapien.Pose(matrix)
