@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
+import logging
 import os
 import sys
 import time
@@ -20,6 +21,8 @@ from simplevla.cli import require_choice
 from simplevla.embodiment import Embodiment, require_same
 from simplevla.errors import ConfigError, MissingExtraError, RecordError
 from simplevla.files import share_dir
+
+logger = logging.getLogger(__name__)
 
 LOCAL = "local"
 DEFAULT_ADDRESS = "tcp://127.0.0.1:5555"
@@ -68,7 +71,8 @@ ARGUMENTS = (
     Argument(
         "session_record",
         "runs/session.json",
-        "the last calibration's record; metal moves only with a valid one",
+        "the last calibration's record: where cameras and arms stand and how late they are; metal moves "
+        "only with a valid one, a twin uses one that is valid for it",
     ),
     Argument("override_session_record", "false", "move metal without a valid session record", _TRUTH),
 )
@@ -201,7 +205,12 @@ def processes(settings: Settings) -> list[Process]:
             )
         )
     twin = ("twin",) if rig.is_twin else ()
-    arms = {"rig": settings.rig, "max_feedback_age_s": str(_TWIN_AGE_S if rig.is_twin else _HARDWARE_AGE_S)}
+    record = _valid_record(settings, rig)
+    arms = {
+        "rig": settings.rig,
+        "max_feedback_age_s": str(_TWIN_AGE_S if rig.is_twin else _HARDWARE_AGE_S),
+        "session_record": record,
+    }
     found.append(Process("arms", _node(settings, "arms", arms), env, after=twin, stop_order=2))
     if settings.record:
         where = {"rig": settings.rig, "out": str(settings.out)}
@@ -213,6 +222,7 @@ def processes(settings: Settings) -> list[Process]:
         "server": settings.server_address,
         "cameras": ",".join(settings.cameras),
         "task": settings.task,
+        "session_record": record,
     }
     server = ("server",) if settings.is_local else ()
     found.append(
@@ -252,7 +262,13 @@ def check(settings: Settings) -> None:
     for name in settings.cameras:
         require_choice("camera", name, known)
     if not rig.is_twin and not settings.override_session_record:
-        _check_session(settings, rig)
+        try:
+            _require_record(settings, rig)
+        except RecordError as error:
+            raise RecordError(
+                f"rig {rig.name} may not move: {error.message}",
+                f"{error.remedy}; or set override_session_record, and move arms that nothing has checked",
+            ) from error
     needed = (
         _check_bundle(settings, embodiment) if settings.is_local else _check_server(settings, embodiment)
     )
@@ -283,22 +299,26 @@ def _check_server(settings: Settings, embodiment: Embodiment) -> tuple[str, ...]
         return tuple(need.name for need in client.info.cameras)
 
 
-def _check_session(settings: Settings, rig: Rig) -> None:
+def _valid_record(settings: Settings, rig: Rig) -> str:
+    """Return the path of a session record that is true for this rig now; empty if there is none."""
+    try:
+        _require_record(settings, rig)
+    except RecordError as error:
+        logger.info("nominal poses and delays are used: %s", error.message)
+        return ""
+    return str(settings.session_record.resolve())
+
+
+def _require_record(settings: Settings, rig: Rig) -> None:
     from simplevla.session_record import load_session_record, require_valid
 
-    try:
-        require_valid(
-            load_session_record(settings.session_record),
-            embodiment=rig.embodiment,
-            serials=rig.cameras,
-            now_ns=time.time_ns(),
-            max_age_s=MAX_RECORD_AGE_S,
-        )
-    except RecordError as error:
-        raise RecordError(
-            f"rig {rig.name} may not move: {error.message}",
-            f"{error.remedy}; or set override_session_record, and move arms that nothing has checked",
-        ) from error
+    require_valid(
+        load_session_record(settings.session_record),
+        embodiment=rig.embodiment,
+        serials=rig.cameras,
+        now_ns=time.time_ns(),
+        max_age_s=MAX_RECORD_AGE_S,
+    )
 
 
 def _simplevla(settings: Settings, *words: str) -> tuple[str, ...]:

@@ -159,6 +159,8 @@ class PolicyLoop:
         publish: hands a chunk to the arms.
         lead_s: how far ahead of now a trajectory starts, so that it reaches the arms in time.
         timeout_s: how long to wait for a picture or for joint feedback.
+        settle_s: how much later than in simulation the arms are where a chunk's last action wants them;
+            the next observation waits for that.
     """
 
     def __init__(
@@ -171,6 +173,7 @@ class PolicyLoop:
         *,
         lead_s: float = 0.005,
         timeout_s: float = 1.0,
+        settle_s: float = 0.0,
     ) -> None:
         self._client = client
         self._cameras = cameras
@@ -179,6 +182,7 @@ class PolicyLoop:
         self._publish = publish
         self._lead_ns = round(lead_s * 1e9)
         self._timeout_s = timeout_s
+        self._settle_ns = round(settle_s * 1e9)
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._changing = threading.Lock()
@@ -242,7 +246,7 @@ class PolicyLoop:
                 return
 
     def _one_chunk(self, request: Request, index: int, after_ns: int) -> int:
-        """Observe after ``after_ns``, ask, have the chunk played; return when its last action was due."""
+        """Observe after ``after_ns``, ask, have the chunk played; return when to look again."""
         first = self.state.actions
         observation = self._observe(request, after_ns)
         request_ns = time.time_ns()
@@ -258,7 +262,7 @@ class PolicyLoop:
         ends_ns = chunk.stamp_ns + round(len(actions) * reply.chunk.dt_s * 1e9)
         self._stopping.wait(max(0, ends_ns - time.time_ns()) / 1e9)
         self._count_played(chunk)
-        return ends_ns
+        return ends_ns + self._settle_ns
 
     def _observe(self, request: Request, after_ns: int) -> Observation:
         try:

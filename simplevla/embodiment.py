@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import numpy as np
 from msgspec import Meta
 from numpy.typing import NDArray
@@ -72,7 +73,8 @@ class Camera(Config):
 
     Attributes:
         frame: tf frame of the optical centre (x right, y down, z forward; REP-103).
-        position_m, look_at_m: nominal pose in the world frame; image "up" is towards world +z.
+        position_m, look_at_m: nominal pose in the world frame; image "up" is towards world +z,
+        roll_rad: unless it is turned by this about the direction of view, clockwise as it looks.
     """
 
     name: str
@@ -86,6 +88,34 @@ class Camera(Config):
     frame: str
     position_m: Vec3
     look_at_m: Vec3
+    roll_rad: float = 0.0
+
+    def pose_in_world(self) -> NDArray[np.float64]:
+        """Return the (4, 4) nominal pose of the optical frame (x right, y down, z ahead), m."""
+        position = np.asarray(self.position_m, dtype=np.float64)
+        ahead = np.asarray(self.look_at_m, dtype=np.float64) - position
+        ahead /= np.linalg.norm(ahead)
+        level = _level(ahead)
+        below = np.cross(ahead, level)
+        sine, cosine = np.sin(self.roll_rad), np.cos(self.roll_rad)
+        matrix = np.eye(4)
+        matrix[:3, 0] = cosine * level + sine * below
+        matrix[:3, 1] = cosine * below - sine * level
+        matrix[:3, 2] = ahead
+        matrix[:3, 3] = position
+        return matrix
+
+    def at(self, pose: NDArray[np.float64]) -> Camera:
+        """Return this camera with its optical frame at ``pose`` (4, 4) in the world, m."""
+        ahead, position = pose[:3, 2], pose[:3, 3]
+        level = _level(ahead)
+        roll = np.arctan2(pose[:3, 0] @ np.cross(ahead, level), pose[:3, 0] @ level)
+        return msgspec.structs.replace(
+            self,
+            position_m=tuple(position.tolist()),
+            look_at_m=tuple((position + ahead).tolist()),
+            roll_rad=float(roll),
+        )
 
 
 class Embodiment(Config):
@@ -180,6 +210,13 @@ class Embodiment(Config):
                 return camera
         known = ", ".join(c.name for c in self.cameras)
         raise EmbodimentError(f"{self.name} has no camera {name!r}", f"its cameras are: {known}")
+
+
+def _level(ahead: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the (3,) horizontal unit vector to the right of one who looks ``ahead`` (3,)."""
+    right = np.array([ahead[1], -ahead[0], 0.0])
+    length = float(np.hypot(*right[:2]))
+    return right / length if length > 1e-9 else np.array([1.0, 0.0, 0.0])
 
 
 def load_embodiment(name: str) -> Embodiment:

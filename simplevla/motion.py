@@ -16,6 +16,8 @@ from simplevla.embodiment import Embodiment
 
 Vector = NDArray[np.float64]
 
+FOLLOWING_DELAY_S = 1 / 30  # how late a simulated joint follows a setpoint that moves steadily
+
 _EVENT = 1e-6  # rad or m: float32 targets may lie this far outside a limit without being an event
 _ROUNDING = 1 + 1e-9
 

@@ -20,7 +20,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -135,6 +135,8 @@ class PiperDriver:
         speed_percent: the arm's own speed limit on the way to a setpoint, percent of its maximum.
         gripper_effort_nm: torque with which the gripper closes, N·m.
         connect_timeout_s: how long to wait for the first complete feedback.
+        zeros_rad: (6,) what each joint reports where it truly is at zero, as calibration found; states
+            and setpoints are true positions, and the arm is spoken to in its own.
 
     Raises:
         UnavailableError: on entering, the bus cannot be opened, is in use by another driver of this
@@ -154,6 +156,7 @@ class PiperDriver:
         speed_percent: int = 100,
         gripper_effort_nm: float = 1.0,
         connect_timeout_s: float = 2.0,
+        zeros_rad: Sequence[float] | None = None,
     ) -> None:
         if len(arm.joints) != JOINTS:
             raise EmbodimentError(f"arm {arm.name} has {len(arm.joints)} joints", "a Piper has six")
@@ -164,6 +167,8 @@ class PiperDriver:
         self._speed_percent = speed_percent
         self._gripper_effort = round(gripper_effort_nm * 1000)
         self._connect_timeout_s = connect_timeout_s
+        self._zeros = np.zeros(JOINTS + 1)
+        self._zeros[:JOINTS] = 0.0 if zeros_rad is None else np.asarray(zeros_rad, dtype=np.float64)
         self._send_lock = threading.Lock()
         self._news = threading.Condition()
         self._closing = threading.Event()
@@ -263,13 +268,14 @@ class PiperDriver:
         """
         if not isinstance(setpoint, SafeSetpoint):
             raise TypeError(f"only a SafeSetpoint may reach the bus, not {type(setpoint).__name__}")
-        counts = _to_counts(setpoint.positions[part])
-        return _from_counts(counts) if self._command(counts) else None
+        counts = _to_counts(setpoint.positions[part] + self._zeros)
+        return _from_counts(counts) - self._zeros if self._command(counts) else None
 
     def hold(self) -> NDArray[np.float64] | None:
         """Send the last setpoint again; see :meth:`send`. None also if none was sent yet."""
         counts = self._sent
-        return _from_counts(counts) if self._command(counts) and counts is not None else None
+        done = self._command(counts)
+        return None if counts is None or not done else _from_counts(counts) - self._zeros
 
     def stop(self) -> None:
         """Stop now: the arm's own damped descent, motors on. From here on nothing else is sent.
@@ -404,7 +410,7 @@ class PiperDriver:
 
     def _command_measured(self) -> None:
         self._mode_sent_s = float("-inf")
-        self._command(_to_counts(self.state().position))
+        self._command(_to_counts(self.state().position + self._zeros))
 
     def _command(self, counts: tuple[int, ...] | None) -> bool:
         """Send joints and gripper, and the mode where it is needed; return whether that was done.
@@ -500,7 +506,7 @@ class PiperDriver:
             joints.joint_6,
             self._gripper_state.grippers_angle,
         )
-        position = _from_counts(counts)
+        position = _from_counts(counts) - self._zeros
         velocity = np.array([motor.motor_speed for motor in self._high] + [0.0]) * 1e-3
         if previous is not None:
             before, before_s = previous

@@ -55,6 +55,8 @@ class RealSenseDriver:
         device_source: how a serial number becomes a device; attached hardware by default.
         warm_up_s: how long exposure and white balance adapt before they are locked.
         first_frame_timeout_s: how long to wait for the first picture.
+        stamp_offset_s: how much later than its exposure this camera stamps a picture, as calibration
+            found; it is taken off, s.
 
     Raises:
         UnavailableError: on entering, no device has this serial number, it does not offer the
@@ -70,12 +72,14 @@ class RealSenseDriver:
         device_source: DeviceSource | None = None,
         warm_up_s: float = 1.0,
         first_frame_timeout_s: float = 5.0,
+        stamp_offset_s: float = 0.0,
     ) -> None:
         self.camera = camera
         self.serial = serial
         self._device_source = device_source or attached_device
         self._warm_up_s = warm_up_s
         self._first_frame_timeout_s = first_frame_timeout_s
+        self._stamp_offset_ns = round(stamp_offset_s * 1e9)
         self._news = threading.Condition()
         self._closing = threading.Event()
         self._latest: Frame | None = None
@@ -200,7 +204,8 @@ class RealSenseDriver:
     def _publish(self, rs: Any, color: Any) -> None:
         image = np.array(color.get_data(), dtype=np.uint8)  # copied: the view is the SDK's memory
         image.setflags(write=False)
-        frame = Frame(image, _capture_ns(rs, color), int(color.get_frame_number()))
+        capture_ns = _capture_ns(rs, color) - self._stamp_offset_ns
+        frame = Frame(image, capture_ns, int(color.get_frame_number()))
         with self._news:
             self._latest = frame
             self._news.notify_all()

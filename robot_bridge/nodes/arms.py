@@ -9,7 +9,8 @@ subscribes                 ``joint_trajectory`` (trajectory_msgs/JointTrajectory
 publishes                  ``joint_states`` (measured), ``setpoints`` (what was really sent),
                            ``arms/executed`` (keyed by a trajectory's stamp: when its first
                            setpoint went out, and how many targets were played),
-                           ``arms/limits`` (a cause beginning to act on a joint),
+                           ``arms/limits`` (a cause beginning to act on a joint), where the bases
+                           stand (:mod:`robot_bridge.nodes.transforms`),
                            ``diagnostics`` at 1 Hz
 services, std_srvs/Trigger  ``~/enable``, ``~/go_home``, ``~/hold``, ``~/estop``, and, for a
                            person with the arms supported, ``~/disable`` and ``~/reset``
@@ -39,6 +40,7 @@ from robot_bridge.drivers.choice import arm_driver
 from robot_bridge.limits import Limiter, LimitEvent
 from robot_bridge.nodes.process import (
     declare,
+    declare_record,
     destroying,
     diagnostics,
     run_node,
@@ -47,10 +49,12 @@ from robot_bridge.nodes.process import (
     status,
     trigger,
 )
+from robot_bridge.nodes.transforms import publish_transforms
 from robot_bridge.priority import ask_for_priority
 from robot_bridge.rig import load_rig
 from simplevla.embodiment import Embodiment
 from simplevla.errors import ChunkError, SimplevlaError
+from simplevla.session_record import calibrated
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +75,10 @@ def open_arms() -> Iterator[ArmsNode]:
     node = ArmsNode()
     with destroying(node), ExitStack() as resources:
         rig = load_rig(node.rig_name)
-        embodiment = rig.load_embodiment()
-        drivers = [resources.enter_context(arm_driver(rig, arm)) for arm in embodiment.arms]
+        embodiment = calibrated(rig.load_embodiment(), node.record)
+        drivers = [resources.enter_context(arm_driver(rig, arm, node.record)) for arm in embodiment.arms]
         limiter = Limiter(embodiment, Workspace(embodiment, table_top_m=node.table_top_m))
+        publish_transforms(node, {f"{arm.name}_base": arm.base for arm in embodiment.arms})
         loop = ControlLoop(
             embodiment, drivers, limiter, node.on_tick, max_feedback_age_s=node.max_feedback_age_s
         )
@@ -92,11 +97,13 @@ class ArmsNode(Node):
         self.rig_name: str = declare(
             self, "rig", "twin", "name of a rig in config/rig, or a path to a .yaml file"
         )
+        self.record = declare_record(self)
+        measured = self.record.table_top_m if self.record else None
         self.table_top_m: float = declare(
             self,
             "table_top_m",
-            TABLE_TOP_M,
-            "height of the table's top in the world frame, m",
+            TABLE_TOP_M if measured is None else measured,
+            "height of the table's top in the world frame, m; as measured, if it was",
             low=-2,
             high=3,
         )

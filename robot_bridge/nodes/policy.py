@@ -7,7 +7,8 @@ subscribes                 ``joint_states``, ``arms/executed``
 publishes                  ``joint_trajectory`` (a chunk), ``policy/chunks`` (keyed by the
                            trajectory's stamp: its times and its policy), ``policy/state``
                            (on change and at 2 Hz), ``<camera>/color/image_raw/compressed``,
-                           ``<camera>/color/camera_info``
+                           ``<camera>/color/camera_info``, where the cameras stand
+                           (:mod:`robot_bridge.nodes.transforms`)
 services, std_srvs/Trigger  ``~/start``, ``~/stop``
 parameters set by a trial  ``instruction``, ``episode``, ``step_limit``
 =========================  ==================================================================
@@ -39,6 +40,7 @@ from robot_bridge.drivers.choice import camera_driver
 from robot_bridge.drivers.realsense import Frame, RealSenseDriver
 from robot_bridge.nodes.process import (
     declare,
+    declare_record,
     destroying,
     diagnostics,
     run_node,
@@ -47,6 +49,7 @@ from robot_bridge.nodes.process import (
     status,
     trigger,
 )
+from robot_bridge.nodes.transforms import publish_transforms
 from robot_bridge.policy_loop import (
     EpisodeState,
     JointTimeline,
@@ -60,6 +63,8 @@ from robot_bridge.rig import load_rig
 from simplevla.cli import require_choice
 from simplevla.embodiment import Camera, Embodiment
 from simplevla.errors import ConfigError, SimplevlaError
+from simplevla.motion import FOLLOWING_DELAY_S
+from simplevla.session_record import Lens, SessionRecord, calibrated, to_pose
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +98,12 @@ def open_policy() -> Iterator[PolicyNode]:
         if node.task:
             require_choice("task", node.task, sorted(client.info.instructions))
         streams = choose_cameras(embodiment, node.cameras, needed)
-        cameras = {camera.name: resources.enter_context(camera_driver(rig, camera)) for camera in streams}
+        cameras = {
+            camera.name: resources.enter_context(camera_driver(rig, camera, node.record))
+            for camera in streams
+        }
+        placed = calibrated(embodiment, node.record)
+        publish_transforms(node, {c.frame: to_pose(placed.camera(c.name).pose_in_world()) for c in streams})
         loop = PolicyLoop(
             client,
             {name: cameras[name] for name in needed},
@@ -102,6 +112,7 @@ def open_policy() -> Iterator[PolicyNode]:
             node.publish_chunk,
             lead_s=node.lead_s,
             timeout_s=node.input_timeout_s,
+            settle_s=settle_s(node.record, embodiment),
         )
         node.attach(embodiment, client.info, loop)
         resources.enter_context(loop)
@@ -157,6 +168,7 @@ class PolicyNode(Node):
             low=0.05,
             high=10,
         )
+        self.record = declare_record(self)
         self.lead_s: float = declare(
             self, "lead_s", 0.005, "how far ahead of now a trajectory starts, s", low=0, high=1
         )
@@ -231,7 +243,7 @@ class PolicyNode(Node):
         infos = self.create_publisher(
             CameraInfo, f"{camera.name}/color/camera_info", qos_profile_sensor_data
         )
-        info = camera_info(camera)
+        info = camera_info(camera, self.record.lenses.get(camera.name) if self.record else None)
         closing = threading.Event()
 
         def publish() -> None:
@@ -311,14 +323,31 @@ def compressed_image(frame: Frame, frame_id: str, quality: int) -> CompressedIma
     )
 
 
-def camera_info(camera: Camera) -> CameraInfo:
-    """Return the pinhole camera as a message without a stamp."""
+def settle_s(record: SessionRecord | None, embodiment: Embodiment) -> float:
+    """Return how much later than simulated arms the measured ones reach a setpoint, s."""
+    measured = record.command_delay_s(embodiment) if record else 0.0
+    return max(0.0, measured - FOLLOWING_DELAY_S)
+
+
+def camera_info(camera: Camera, measured: Lens | None = None) -> CameraInfo:
+    """Return the camera as a message without a stamp: as measured, else the nominal pinhole.
+
+    ROS counts pixels from the middle of the first one, an embodiment from its corner.
+    """
+    lens = (
+        measured.scaled(camera.width, camera.height)
+        if measured
+        else Lens(
+            width=camera.width, height=camera.height, fx=camera.fx, fy=camera.fy, cx=camera.cx, cy=camera.cy
+        )
+    )
+    cx, cy = lens.cx - 0.5, lens.cy - 0.5
     info = CameraInfo(header=_header(0, camera.frame), width=camera.width, height=camera.height)
     info.distortion_model = "plumb_bob"
-    info.d = [0.0] * 5
-    info.k = [camera.fx, 0.0, camera.cx, 0.0, camera.fy, camera.cy, 0.0, 0.0, 1.0]
+    info.d = list(lens.distortion)
+    info.k = [lens.fx, 0.0, cx, 0.0, lens.fy, cy, 0.0, 0.0, 1.0]
     info.r = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]
-    info.p = [camera.fx, 0.0, camera.cx, 0.0, 0.0, camera.fy, camera.cy, 0.0, 0.0, 0.0, 1.0, 0.0]
+    info.p = [lens.fx, 0.0, cx, 0.0, 0.0, lens.fy, cy, 0.0, 0.0, 0.0, 1.0, 0.0]
     return info
 
 

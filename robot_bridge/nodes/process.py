@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -22,6 +23,7 @@ from rclpy.task import Future
 from std_srvs.srv import Trigger
 
 from simplevla.errors import SimplevlaError
+from simplevla.session_record import SessionRecord, load_session_record
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +158,18 @@ def declare(
     elif low is not None:
         descriptor.integer_range = [IntegerRange(from_value=int(low), to_value=int(high))]
     return node.declare_parameter(name, default, descriptor).value
+
+
+def declare_record(node: Node) -> SessionRecord | None:
+    """Declare the parameter ``session_record`` and return the record that it names, if any.
+
+    Raises:
+        RecordError: there is no such record.
+    """
+    path: str = declare(
+        node, "session_record", "", "the last calibration's record; empty: nominal poses, no delays"
+    )
+    return load_session_record(Path(path)) if path else None
 
 
 def _end_on_signals(ending: threading.Event) -> None:

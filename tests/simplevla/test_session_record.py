@@ -78,7 +78,11 @@ def test_a_record_that_is_not_true_now_stops_the_rig(one, asked, says):
     [
         (None, "cannot be read"),
         ("{", "is not valid"),
-        ('{"created_ns": 1, "embodiment": "x", "serials": {}, "checks": [], "extra": 1}', "extra"),
+        (
+            '{"created_ns": 1, "embodiment": "x", "serials": {}, "checks": [], "schema": 2, "extra": 1}',
+            "extra",
+        ),
+        ('{"created_ns": 1, "embodiment": "x", "serials": {}, "checks": []}', "schema"),
         ('{"created_ns": 1, "embodiment": "x", "serials": {}, "checks": [], "schema": 9}', "schema 9"),
     ],
 )
