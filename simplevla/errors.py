@@ -64,6 +64,12 @@ class RecordError(SimplevlaError):
     code = "bad_record"
 
 
+class CalibrationError(SimplevlaError):
+    """Calibration data are unusable or its result is not to be trusted; ``calibration/faults.py`` says how."""
+
+    code = "bad_calibration"
+
+
 class MissingExtraError(SimplevlaError):
     """An optional library is not installed."""
 
