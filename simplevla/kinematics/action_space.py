@@ -17,12 +17,12 @@ from typing import get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.spatial.transform import Rotation
 
 from simplevla.bundle import ActionSpaceName
 from simplevla.embodiment import Arm, Embodiment
 from simplevla.errors import EmbodimentError
-from simplevla.kinematics.chain import Array, Chain, arm_chain, rotation_vector
+from simplevla.kinematics.chain import Chain, arm_chain
+from simplevla.kinematics.inverse import Array, Limits, Pose, nearest_reach, rotation_vector, times, turn
 
 _FAR_M = 10.0  # nothing within reach lies beyond; larger values only lose digits
 _MANY_RAD = 1e3
@@ -122,22 +122,22 @@ def _poses_followed(actions: Array, state: Array, embodiment: Embodiment) -> Arr
 
 def _arm_followed(chain: Chain, arm: Arm, changes: Array, start: Array) -> Array:
     """Return (K, n) joints whose tool poses differ by ``changes`` (K, 6), beginning at ``start`` (n,)."""
-    lower = np.array([joint.lower_rad for joint in arm.joints])
-    upper = np.array([joint.upper_rad for joint in arm.joints])
-    followed = np.empty_like(changes)
-    before = start
-    for joints, change in zip(followed, changes, strict=True):
-        joints[:] = chain.inverse_nearest(_changed(chain.forward(before), change), before, lower, upper)
-        before = joints
-    return followed
+    linkage = chain.linkage
+    limits = Limits([joint.lower_rad for joint in arm.joints], [joint.upper_rad for joint in arm.joints])
+    before = linkage.at(start.tolist())
+    within = linkage.at(limits.clip(before.q))
+    followed = []
+    for change in changes:
+        within = before = nearest_reach(linkage, _changed(before.tool, change), within, limits).place
+        followed.append(before.q)
+    return np.array(followed).reshape(changes.shape)
 
 
-def _changed(pose: Array, change: Array) -> Array:
-    new = np.eye(4)
-    new[:3, 3] = pose[:3, 3] + np.clip(change[:3], -_FAR_M, _FAR_M)
-    turn = Rotation.from_rotvec(np.clip(change[3:], -_MANY_RAD, _MANY_RAD))
-    new[:3, :3] = turn.as_matrix() @ pose[:3, :3]
-    return new
+def _changed(pose: Pose, change: Array) -> Pose:
+    x, y, z = np.clip(change[:3], -_FAR_M, _FAR_M).tolist()
+    turned = list(times(turn(np.clip(change[3:], -_MANY_RAD, _MANY_RAD).tolist()), pose))
+    turned[3::4] = pose[3] + x, pose[7] + y, pose[11] + z
+    return tuple(turned)
 
 
 def _pose_change(old: Array, new: Array) -> Array:
@@ -173,7 +173,7 @@ def _checked(
         raise EmbodimentError(
             f"ee_delta needs arms of six joints, and {embodiment.name} has others", "use joint_delta"
         )
-    rows, start = np.asarray(values, dtype=np.float64), np.asarray(state, dtype=np.float64)
+    rows, start = (np.asarray(values, dtype=np.float64), np.asarray(state, dtype=np.float64))
     if rows.ndim != 2 or rows.shape[1] != embodiment.dimension:
         raise _wrong_shape(what, rows.shape, embodiment)
     if start.shape != (embodiment.dimension,):

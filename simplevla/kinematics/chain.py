@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -18,19 +18,7 @@ from scipy.spatial.transform import Rotation
 from simplevla.embodiment import Arm
 from simplevla.errors import KinematicsError
 from simplevla.files import share_dir
-
-Array = NDArray[np.float64]
-
-POSITION_TOLERANCE_M = 1e-4
-ROTATION_TOLERANCE_RAD = float(np.deg2rad(0.1))
-_CONVERGED = 1e-9  # weighted error (m) below which another iteration changes nothing that matters
-_RESTARTS = 48
-_MAX_STEP = 0.5  # rad or m; larger steps would jump to another posture
-_QUICK = (40, 1e-4)  # most iterations, and the relative gain below which the search ends
-_THOROUGH = (150, 1e-6)  # the same where it must not give up early
-_DAMPING = (1e-5, 1e-9, 1e2)  # first, smallest and largest Levenberg-Marquardt damping, m2
-_ROTATION_WEIGHT_M = 0.2  # how many metres of position error one radian of rotation counts as
-_POSITION_FIRST_WEIGHT_M = 0.01  # the same where position comes first: 0.5 rad shift it by ~0.1 mm
+from simplevla.kinematics.inverse import Array, Limits, Linkage, best_reach, flat, nearest_reach, square
 
 
 def arm_chain(arm: Arm) -> Chain:
@@ -121,14 +109,11 @@ class Chain:
 
     def forward(self, q: ArrayLike) -> Array:
         """Return the (4, 4) pose of the tool at joint positions ``q`` (n,)."""
-        pose = np.eye(4)
-        for transform in self._transforms(np.asarray(q, dtype=np.float64)):
-            pose = pose @ transform
-        return pose @ self.tail
+        return square(self.linkage.at(_floats(q)).tool)
 
     def jacobian(self, q: ArrayLike) -> Array:
         """Return the (6, n) Jacobian of the tool at ``q`` (n,): linear, then angular, root frame."""
-        return self._pose_and_jacobian(np.asarray(q, dtype=np.float64))[1]
+        return self.linkage.columns(self.linkage.at(_floats(q))).T
 
     def inverse(self, target: ArrayLike, seed: ArrayLike, lower: ArrayLike, upper: ArrayLike) -> Array:
         """Return joint positions (n,) within the limits that put the tool at ``target``.
@@ -146,13 +131,7 @@ class Chain:
             KinematicsError: no solution within 0.1 mm and 0.1 deg was found; the message gives the
                 residual of the best one.
         """
-        problem = _Problem.of(self, target, seed, lower, upper)
-        best = problem.solve(problem.seed, _ROTATION_WEIGHT_M, _THOROUGH)
-        for start in problem.restarts(_RESTARTS):
-            if best.reached:
-                break
-            found = problem.solve(start, _ROTATION_WEIGHT_M, _THOROUGH)
-            best = min(best, found, key=lambda s: s.cost)
+        best = best_reach(self.linkage, flat(target), _floats(seed), Limits.of(lower, upper))
         if not best.reached:
             raise KinematicsError(
                 f"pose out of reach: the best solution is {1e3 * best.position_error_m:.1f} mm and "
@@ -170,143 +149,25 @@ class Chain:
         answer moves with the target and never jumps to another posture. Where position and rotation
         cannot both be met, position comes first.
         """
-        problem = _Problem.of(self, target, seed, lower, upper)
-        best = problem.solve(problem.seed, _ROTATION_WEIGHT_M, _QUICK)
-        if not best.reached:
-            best = problem.solve(best.q, _POSITION_FIRST_WEIGHT_M, _QUICK)
-        return best.q
+        limits = Limits.of(lower, upper)
+        start = self.linkage.at(limits.clip(_floats(seed)))
+        return nearest_reach(self.linkage, flat(target), start, limits).q
 
-    def _transforms(self, q: Array) -> Array:
-        f = np.where(self.prismatic, q, np.sin(q))
-        g = np.where(self.prismatic, 0.0, np.cos(q))
-        return self.constant + f[:, None, None] * self.sine + g[:, None, None] * self.cosine
-
-    def _pose_and_jacobian(self, q: Array) -> tuple[Array, Array]:
-        transforms = self._transforms(q)
-        frames = np.empty_like(transforms)
-        pose = transforms[0]
-        frames[0] = pose
-        for i in range(1, len(frames)):
-            pose = pose @ transforms[i]
-            frames[i] = pose
-        pose = pose @ self.tail
-        axes = (frames[:, :3, :3] @ self.axes[:, :, None])[:, :, 0]
-        arms = pose[:3, 3] - frames[:, :3, 3]
-        jacobian = np.empty((6, len(q)))
-        jacobian[:3] = np.where(self.prismatic[:, None], axes, _cross(axes, arms)).T
-        jacobian[3:] = np.where(self.prismatic[:, None], 0.0, axes).T
-        return pose, jacobian
+    @cached_property
+    def linkage(self) -> Linkage:
+        """The same chain in plain floats, every joint's axis its own frame's z axis."""
+        steps, turned = [], np.eye(4)
+        still = np.where(self.prismatic[:, None, None], self.constant, self.constant + self.cosine)
+        for fixed, axis in zip(still, self.axes, strict=True):
+            back, turned = turned.T, np.eye(4)
+            turned[:3, :3] = Rotation.align_vectors(axis, [0.0, 0.0, 1.0])[0].as_matrix()
+            steps.append(back @ fixed @ turned)
+        return Linkage(steps, self.prismatic.tolist(), turned.T @ self.tail)
 
 
-@dataclass(frozen=True)
-class _Solution:
-    """Where a search ended, and how far from the target that is."""
-
-    q: Array
-    cost: float
-    position_error_m: float
-    rotation_error_rad: float
-
-    @property
-    def reached(self) -> bool:
-        return (
-            self.position_error_m <= POSITION_TOLERANCE_M
-            and self.rotation_error_rad <= ROTATION_TOLERANCE_RAD
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class _Problem:
-    """One pose to reach within limits."""
-
-    chain: Chain
-    target: Array
-    seed: Array
-    lower: Array
-    upper: Array
-
-    @classmethod
-    def of(
-        cls, chain: Chain, target: ArrayLike, seed: ArrayLike, lower: ArrayLike, upper: ArrayLike
-    ) -> _Problem:
-        low, high = np.asarray(lower, dtype=np.float64), np.asarray(upper, dtype=np.float64)
-        start = np.clip(np.asarray(seed, dtype=np.float64), low, high)
-        return cls(chain, np.asarray(target, dtype=np.float64), start, low, high)
-
-    def restarts(self, count: int) -> Array:
-        """Return (count, n) starting points spread over the limits, the same at every call."""
-        spread = np.random.default_rng(0).random((count, len(self.seed)))
-        return self.lower + spread * (self.upper - self.lower)
-
-    def solve(self, start: Array, rotation_weight_m: float, effort: tuple[int, float]) -> _Solution:
-        """Return the local minimum of the weighted error that is found from ``start``.
-
-        Levenberg-Marquardt on the error twist; a joint at a limit that the descent would push
-        through it is left out of the step (projected, as in Bertsekas 1982).
-        """
-        weights = np.repeat([1.0, rotation_weight_m], 3)
-        iterations, least_gain = effort
-        damping, least, most = _DAMPING
-        q = start
-        pose, jacobian = self.chain._pose_and_jacobian(q)
-        error = self._error(pose)
-        cost = _norm(weights * error)
-        for _ in range(iterations):
-            if cost < _CONVERGED or damping > most:
-                break
-            weighted = weights[:, None] * jacobian
-            trial = np.clip(q + self._step(q, weighted, weights * error, damping), self.lower, self.upper)
-            trial_pose, trial_jacobian = self.chain._pose_and_jacobian(trial)
-            trial_error = self._error(trial_pose)
-            trial_cost = _norm(weights * trial_error)
-            if trial_cost >= cost:
-                damping *= 10
-                continue
-            last = cost - trial_cost < least_gain * cost
-            q, jacobian, error, cost = trial, trial_jacobian, trial_error, trial_cost
-            damping = max(damping / 10, least)
-            if last:
-                break
-        return _Solution(q, cost, _norm(error[:3]), _norm(error[3:]))
-
-    def _step(self, q: Array, jacobian: Array, error: Array, damping: float) -> Array:
-        descent = jacobian.T @ error
-        free = ~(((q <= self.lower) & (descent < 0)) | ((q >= self.upper) & (descent > 0)))
-        part = jacobian[:, free]
-        step = np.zeros(len(q))
-        step[free] = np.linalg.solve(part.T @ part + damping * np.eye(part.shape[1]), descent[free])
-        return step * min(1.0, _MAX_STEP / max(np.abs(step).max(), _MAX_STEP))
-
-    def _error(self, pose: Array) -> Array:
-        """Return (6,) the translation (m) and rotation vector (rad, root frame) from pose to target."""
-        error = np.empty(6)
-        error[:3] = self.target[:3, 3] - pose[:3, 3]
-        error[3:] = rotation_vector(self.target[:3, :3] @ pose[:3, :3].T)
-        return error
-
-
-def rotation_vector(rotation: Array) -> Array:
-    """Return the (3,) rotation vector, rad, of a (3, 3) rotation; its length is at most pi."""
-    sine = 0.5 * np.array(
-        [
-            rotation[2, 1] - rotation[1, 2],
-            rotation[0, 2] - rotation[2, 0],
-            rotation[1, 0] - rotation[0, 1],
-        ]
-    )
-    length = _norm(sine)
-    cosine = 0.5 * (rotation[0, 0] + rotation[1, 1] + rotation[2, 2] - 1.0)
-    if length > 1e-4 or cosine > 0:
-        return sine * (np.arctan2(length, cosine) / length if length > 1e-12 else 1.0)
-    return Rotation.from_matrix(rotation).as_rotvec()  # near half a turn the sine loses the axis
-
-
-def _norm(vector: Array) -> float:
-    return float(np.sqrt(vector @ vector))
-
-
-def _cross(a: Array, b: Array) -> Array:
-    return a[:, [1, 2, 0]] * b[:, [2, 0, 1]] - a[:, [2, 0, 1]] * b[:, [1, 2, 0]]
+def _floats(values: ArrayLike) -> list[float]:
+    floats: list[float] = np.asarray(values, dtype=np.float64).tolist()
+    return floats
 
 
 @lru_cache(maxsize=32)
@@ -351,9 +212,9 @@ def _origin(joint: ET.Element) -> Array:
 def _unit_axis(joint: ET.Element) -> Array:
     axis = joint.find("axis")
     vector = np.array([1.0, 0.0, 0.0]) if axis is None else _vector(axis, "xyz")
-    if not _norm(vector):
+    if not np.linalg.norm(vector):
         raise ValueError(f"joint {joint.attrib['name']!r} has the axis 0 0 0")
-    return vector / _norm(vector)
+    return vector / np.linalg.norm(vector)
 
 
 def _vector(element: ET.Element, attribute: str) -> Array:

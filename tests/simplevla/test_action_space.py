@@ -14,7 +14,7 @@ from scipy.spatial.transform import Rotation
 from simplevla.bundle import ActionSpaceName
 from simplevla.embodiment import Embodiment, load_embodiment
 from simplevla.errors import EmbodimentError
-from simplevla.kinematics import from_joint_targets, to_joint_targets, tool_poses
+from simplevla.kinematics import arm_chain, from_joint_targets, to_joint_targets, tool_poses
 
 SPACES = get_args(ActionSpaceName)
 EMBODIMENTS = {name: load_embodiment(name) for name in ("piper_single", "piper_dual")}
@@ -158,3 +158,25 @@ def test_ee_delta_needs_six_joints():
     embodiment = msgspec.structs.replace(full, arms=(short,))
     with pytest.raises(EmbodimentError, match="six joints"):
         to_joint_targets("ee_delta", np.zeros((1, 6)), np.zeros(6), embodiment)
+
+
+@given(seeds)
+@settings(deadline=None, max_examples=30)
+def test_a_chunk_is_followed_pose_by_pose(seed):
+    """A chunk gives what asking for each tool pose in turn, from the target before, gives."""
+    embodiment = EMBODIMENTS["piper_single"]
+    arm = embodiment.arms[0]
+    chain = arm_chain(arm)
+    lower, upper = (limits[:6] for limits in embodiment.position_limits())
+    rng = np.random.default_rng(seed)
+    q, _ = plan(embodiment, seed)
+    actions = np.tile(q, (K, 1))
+    actions[:, :6] = rng.uniform(-1, 1, (K, 6)) * ([0.03] * 3 + [0.1] * 3)
+    targets = to_joint_targets("ee_delta", actions, q, embodiment)
+    before = q[:6]
+    for target, action in zip(targets, actions, strict=True):
+        pose = chain.forward(before)
+        pose[:3, 3] += action[:3]
+        pose[:3, :3] = Rotation.from_rotvec(action[3:6]).as_matrix() @ pose[:3, :3]
+        before = chain.inverse_nearest(pose, before, lower, upper)
+        np.testing.assert_allclose(target[:6], before, atol=1e-5)
