@@ -97,9 +97,11 @@ class Environments(Protocol):
     """Many environments of one task, which play episodes with a policy.
 
     Attributes:
+        instructions: the prompts of the run; ``Looks.prompts`` says which of them.
         seconds: seconds spent so far, by what for ("physics", "rendering", "inference", ...).
     """
 
+    instructions: tuple[str, ...]
     seconds: dict[str, float]
 
     def collect(self, episodes: Sequence[Episode], act: Act) -> list[Trajectory]:
