@@ -147,13 +147,23 @@ def _configure_twin(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="decides the first scene (default: 0)",
     )
+    parser.add_argument(
+        "--metal",
+        type=Path,
+        metavar="FILE",
+        help="how the metal differs from the embodiment, YAML: camera_in_world, joint_zeros_rad, "
+        "command_delays_s, stamp_offsets_s, deliveries_s, plate (default: not at all)",
+    )
 
 
 def _twin(args: argparse.Namespace) -> int:
     from robot_bridge.rig import load_rig
     from robot_bridge.twin import process
+    from robot_bridge.twin.metal import Metal
+    from simplevla.config import load_yaml
 
-    return process.run(load_rig(args.rig), task=args.task, seed=args.seed)
+    metal = load_yaml(args.metal, Metal) if args.metal else None
+    return process.run(load_rig(args.rig), task=args.task, seed=args.seed, metal=metal)
 
 
 UP = Command("start twin or robot, policy server and bridge, until Ctrl-C", _configure_up, _up)

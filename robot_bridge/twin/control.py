@@ -7,15 +7,18 @@ nothing that moves an arm goes this way.
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
 
+from robot_bridge.twin.metal import Metal
+from simplevla.embodiment import Pose
 from simplevla.errors import MissingExtraError, UnavailableError
 from simplevla.trial import FailureCode, Strategy
 
 MAX_MESSAGE_BYTES = 1 << 16
+_RESET_S = 10.0  # how much longer than another answer a new scene may take
 
 Seed = Annotated[int, Meta(ge=0, lt=1 << 31)]
 
@@ -38,6 +41,19 @@ class Reset(Message, frozen=True, tag="reset"):
 
 class GetStatus(Message, frozen=True, tag="get_status"):
     """Ask how the task stands. Answer: TwinStatus."""
+
+
+class Alter(Message, frozen=True, tag="alter"):
+    """Make the metal differ from what the embodiment says; what is left out stays. Answer: TwinTruth.
+
+    A plate that is named takes the place of the one before, and the scene is set up anew for it.
+    """
+
+    metal: Metal
+
+
+class GetTruth(Message, frozen=True, tag="get_truth"):
+    """Ask what the metal is really like. Answer: TwinTruth."""
 
 
 class Shutdown(Message, frozen=True, tag="shutdown"):
@@ -70,6 +86,23 @@ class TwinStatus(Message, frozen=True, tag="status"):
     failure: FailureCode
 
 
+class TwinTruth(Message, frozen=True, tag="truth"):
+    """What the metal is really like, in the words of a session record.
+
+    Attributes:
+        camera_in_world: {camera: pose of its optical frame}.
+        base_in_world: {arm: pose of its base}.
+        joint_zeros_rad: {arm: what each joint reports where it truly is at zero}.
+        delays_s: as :class:`~simplevla.session_record.SessionRecord` has them; deliveries as they
+            were over the last pictures, commands at the pace that physics keeps now.
+    """
+
+    camera_in_world: dict[str, Pose]
+    base_in_world: dict[str, Pose]
+    joint_zeros_rad: dict[str, tuple[float, ...]]
+    delays_s: dict[str, float]
+
+
 class Refused(Message, frozen=True, tag="refused"):
     """The request was not followed, and why."""
 
@@ -77,12 +110,15 @@ class Refused(Message, frozen=True, tag="refused"):
     remedy: str = ""
 
 
-_REQUESTS = msgspec.json.Decoder(Reset | GetStatus | Shutdown)
-_ANSWERS = msgspec.json.Decoder(TwinStatus | Refused)
+Answer = TypeVar("Answer", bound=Message)
+Request = Reset | GetStatus | Alter | GetTruth | Shutdown
+
+_REQUESTS = msgspec.json.Decoder(Request)
+_ANSWERS = msgspec.json.Decoder(TwinStatus | TwinTruth | Refused)
 _encode = msgspec.json.encode
 
 
-def decode_request(data: bytes) -> Reset | GetStatus | Shutdown:
+def decode_request(data: bytes) -> Request:
     """Return a request.
 
     Raises:
@@ -124,7 +160,9 @@ class TwinControl:
         Raises:
             UnavailableError: nobody answers in time, or the twin refuses; the message says why.
         """
-        return self._ask(Reset(seed=seed, task=task, arms_home=arms_home), self._timeout_s + 10.0)
+        return self._ask(
+            Reset(seed=seed, task=task, arms_home=arms_home), TwinStatus, self._timeout_s + _RESET_S
+        )
 
     def status(self) -> TwinStatus:
         """Return how the task stands.
@@ -132,7 +170,23 @@ class TwinControl:
         Raises:
             UnavailableError: nobody answers in time.
         """
-        return self._ask(GetStatus(), self._timeout_s)
+        return self._ask(GetStatus(), TwinStatus, self._timeout_s)
+
+    def alter(self, metal: Metal) -> TwinTruth:
+        """Make the metal differ from what the embodiment says; see :class:`Alter`.
+
+        Raises:
+            UnavailableError: nobody answers in time, or the twin refuses; the message says why.
+        """
+        return self._ask(Alter(metal=metal), TwinTruth, self._timeout_s + _RESET_S)
+
+    def truth(self) -> TwinTruth:
+        """Return what the metal is really like.
+
+        Raises:
+            UnavailableError: nobody answers in time.
+        """
+        return self._ask(GetTruth(), TwinTruth, self._timeout_s)
 
     def shutdown(self) -> TwinStatus:
         """End the twin process.
@@ -140,9 +194,9 @@ class TwinControl:
         Raises:
             UnavailableError: nobody answers in time.
         """
-        return self._ask(Shutdown(), self._timeout_s)
+        return self._ask(Shutdown(), TwinStatus, self._timeout_s)
 
-    def _ask(self, request: Reset | GetStatus | Shutdown, timeout_s: float) -> TwinStatus:
+    def _ask(self, request: Request, kind: type[Answer], timeout_s: float) -> Answer:
         zmq = _library()
         if self._socket is None:
             self._socket = zmq.Context.instance().socket(zmq.REQ)
@@ -163,6 +217,8 @@ class TwinControl:
             ) from error
         if isinstance(answer, Refused):
             raise UnavailableError(answer.message, answer.remedy)
+        if not isinstance(answer, kind):
+            raise UnavailableError(f"the twin answered with {type(answer).__name__}", "start it anew")
         return answer
 
 

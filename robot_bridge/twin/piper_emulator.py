@@ -52,6 +52,9 @@ class PiperEmulator:
         position: (7,) where it stands at the start, motors off.
         rates: how often it gives feedback.
         firmware: what it answers to a firmware query.
+
+    Attributes:
+        zeros: (7,) how far off its true positions are what it reports and what it is told; rad, m.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class PiperEmulator:
         self.arm = arm
         self.firmware = firmware
         self.rates = rates or FeedbackRates()
+        self.zeros = np.zeros_like(position)
         joints = arm.joints
         self._lower = np.array([*(j.lower_rad for j in joints), 0.0])
         self._upper = np.array([*(j.upper_rad for j in joints), arm.gripper.stroke_m])
@@ -142,7 +146,7 @@ class PiperEmulator:
             lag_s: how much older the joints last seen are; they are carried on by their velocity.
         """
         out: list[CanFrame] = []
-        seen = self._position + self._velocity * lag_s
+        seen = self._position + self._velocity * lag_s + self.zeros
         counts = [int(c) for c in np.rint(np.degrees(seen[:_GRIPPER]) * 1000)]
         if self._due("pose", now_s, self.rates.pose_hz):
             out.append(self._status_frame())
@@ -173,8 +177,8 @@ class PiperEmulator:
     def _want_joints(self, first: int, counts: tuple[int, int]) -> None:
         if self._stopped:
             return
-        wanted = np.radians(np.array(counts) * 1e-3)
         pair = slice(first, first + 2)
+        wanted = np.radians(np.array(counts) * 1e-3) - self.zeros[pair]
         inside = np.clip(wanted, self._lower[pair], self._upper[pair])
         for joint, over in enumerate(np.abs(wanted - inside) > _LIMIT_SLACK_RAD, start=first):
             bit = 1 << (8 + joint)

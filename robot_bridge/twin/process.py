@@ -26,23 +26,29 @@ from numpy.typing import NDArray
 
 from robot_bridge.priority import ask_for_priority
 from robot_bridge.rig import Rig
-from robot_bridge.twin.can_bus import CanHub
+from robot_bridge.twin.can_bus import CanFrame, CanHub
 from robot_bridge.twin.control import (
     MAX_MESSAGE_BYTES,
+    Alter,
     GetStatus,
+    GetTruth,
     Message,
     Refused,
     Reset,
     Shutdown,
     TwinStatus,
+    TwinTruth,
     decode_request,
 )
 from robot_bridge.twin.frames import FrameWriter, slot_name
+from robot_bridge.twin.metal import Metal
 from robot_bridge.twin.piper_emulator import FeedbackRates, PiperEmulator
-from sim_training.tasks import load_task
+from robot_bridge.twin.stage import load_scene, show, show_cameras
 from sim_training.world import PHYSICS_DT_S, World
 from simplevla.embodiment import Camera
 from simplevla.errors import ConfigError, MissingExtraError, SimplevlaError, UnavailableError
+from simplevla.motion import FOLLOWING_DELAY_S
+from simplevla.session_record import to_pose
 from simplevla.trial import FailureCode, Strategy
 
 logger = logging.getLogger(__name__)
@@ -53,10 +59,16 @@ _MAX_BATCH = 5  # physics steps between two looks at the clock and the judge
 _MAX_LAG_S = 0.008
 _DRAW_S, _MIN_DRAW_S, _MAX_DRAW_S = 0.03, 0.01, 0.06
 _SWITCH_S = 0.001
+_DELIVERIES_KEPT = 30
 
 
 def run(
-    rig: Rig, *, task: str | None = None, seed: int = 0, announce: Callable[[str], None] = print
+    rig: Rig,
+    *,
+    task: str | None = None,
+    seed: int = 0,
+    metal: Metal | None = None,
+    announce: Callable[[str], None] = print,
 ) -> int:
     """Run the twin of ``rig`` until SIGINT, SIGTERM or a shutdown request; return the exit status.
 
@@ -64,16 +76,17 @@ def run(
         rig: a twin's rig.
         task: the scene at the start; the rig's by default.
         seed: of the first scene.
+        metal: how its metal differs from the embodiment at the start.
         announce: is told one line, ``ready ...``, when arms, cameras and control are served.
 
     Raises:
-        ConfigError: the rig is not a twin's, or there is no such task.
+        ConfigError: the rig is not a twin's, there is no such task, or ``metal`` names an unknown part.
         UnavailableError: a port is taken, or no graphics driver works.
         MissingExtraError: sapien or pyzmq is not installed.
     """
     ask_for_priority()
     closing = threading.Event()
-    with _signals_set(closing), Twin(rig, task=task, seed=seed) as twin:
+    with _signals_set(closing), Twin(rig, task=task, seed=seed, metal=metal) as twin:
         announce(twin.description)
         sys.stdout.flush()
         return twin.serve(closing)
@@ -100,11 +113,18 @@ class Twin:
         rig: a twin's rig.
         task: the scene at the start; the rig's by default.
         seed: of the first scene.
+        metal: how its metal differs from the embodiment at the start.
         rates: how often the arms give feedback.
     """
 
     def __init__(
-        self, rig: Rig, *, task: str | None = None, seed: int = 0, rates: FeedbackRates | None = None
+        self,
+        rig: Rig,
+        *,
+        task: str | None = None,
+        seed: int = 0,
+        metal: Metal | None = None,
+        rates: FeedbackRates | None = None,
     ) -> None:
         if rig.twin is None:
             raise ConfigError(f"rig {rig.name!r} is not a twin's", "use the rig: twin")
@@ -112,7 +132,9 @@ class Twin:
         self._settings = rig.twin
         self._embodiment = rig.load_embodiment()
         self._task = task or rig.twin.task
-        load_task(self._task)
+        load_scene(self._task)
+        self._metal = metal or Metal()
+        self._metal.check(self._embodiment)
         self._seed = seed
         self._rates = rates
         self._resources = ExitStack()
@@ -182,7 +204,7 @@ class Twin:
             )
             for arm, part in self._embodiment.slices()
         ]
-        self._world = keep(World(self._embodiment, load_task(self._task)))
+        self._world = keep(World(self._embodiment, load_scene(self._task)))
         self._board = _Board(home)
         self._reset(Reset(seed=self._seed, arms_home=True))
         prefix = self._settings.shared_memory
@@ -194,6 +216,7 @@ class Twin:
             )
             for camera in self._embodiment.cameras
         ]
+        self._become(self._metal)
         for camera in self._embodiment.cameras:
             self._world.render(camera.name)  # the first picture compiles shaders, for seconds
 
@@ -224,13 +247,14 @@ class Twin:
     def _reset(self, request: Reset) -> None:
         """Build the scene anew; the arms stay where they are unless they are asked home."""
         if request.task and request.task != self._task:
-            task = load_task(request.task)
+            task = load_scene(request.task)
             self._task = request.task
             self._world.task = task
         for camera in self._cameras:
             camera.finish()
         home = self._embodiment.home()
         self._world.reset(request.seed, home if request.arms_home else self._board.positions())
+        show(self._world, self._metal)
         with self._arms_lock:
             self._board.measured(self._world.positions(), self._world.velocities(), time.monotonic())
             if request.arms_home:
@@ -252,7 +276,10 @@ class Twin:
             request = decode_request(data)
             if isinstance(request, Reset):
                 self._reset(request)
-            answer = self._status()
+            if isinstance(request, Alter):
+                self._alter(request.metal)
+            wants_truth = isinstance(request, Alter | GetTruth)
+            answer = self._truth() if wants_truth else self._status()
         except msgspec.DecodeError as error:
             request, answer = GetStatus(), Refused(message=f"not a request: {error}")
         except SimplevlaError as error:
@@ -260,6 +287,50 @@ class Twin:
         self._control.send(msgspec.json.encode(answer))
         if isinstance(request, Shutdown):
             closing.set()
+
+    def _alter(self, changes: Metal) -> None:
+        """Take on what ``changes`` names; a new plate means a new scene, in which the arms stay."""
+        changes.check(self._embodiment)
+        before, self._metal = self._metal, self._metal.altered(changes)
+        try:
+            if changes.plate is not None:
+                self._reset(Reset(seed=self._seed))
+            else:
+                show_cameras(self._world, self._metal)
+        except SimplevlaError:
+            self._metal = before
+            self._reset(Reset(seed=self._seed))
+            raise
+        self._become(self._metal)
+
+    def _become(self, metal: Metal) -> None:
+        with self._arms_lock:
+            for arm in self._arms:
+                arm.emulator.zeros = metal.zeros(arm.name)
+                arm.delay_s = metal.command_delays_s.get(arm.name, 0.0)
+        for camera in self._cameras:
+            camera.stamp_offset_ns = round(metal.stamp_offsets_s.get(camera.name, 0.0) * 1e9)
+            camera.delivery_s = metal.deliveries_s.get(camera.name, 0.0)
+
+    def _truth(self) -> TwinTruth:
+        # On average a frame waits half a turn of the bus and half a physics step before it counts.
+        waiting_s = (_BUS_TICK_S + PHYSICS_DT_S) / 2
+        following_s = FOLLOWING_DELAY_S / max(self._pace.recent_factor(time.monotonic()), 0.01)
+        delays_s = {f"{arm.name}_command": arm.delay_s + waiting_s + following_s for arm in self._arms}
+        for camera in self._cameras:
+            delays_s[f"{camera.name}_stamp"] = camera.stamp_offset_ns / 1e9
+            delays_s[f"{camera.name}_delivery"] = camera.measured_delivery_s()
+        placed = self._metal.camera_in_world
+        zeros = {arm.name: tuple(self._metal.zeros(arm.name)[:-1].tolist()) for arm in self._arms}
+        return TwinTruth(
+            camera_in_world={
+                camera.name: placed.get(camera.name, to_pose(camera.pose_in_world()))
+                for camera in self._embodiment.cameras
+            },
+            base_in_world={arm.name: arm.base for arm in self._embodiment.arms},
+            joint_zeros_rad=zeros,
+            delays_s=delays_s,
+        )
 
     def _status(self) -> TwinStatus:
         now_s = time.monotonic()
@@ -296,18 +367,32 @@ class Twin:
         lag_s = float(np.clip(time.monotonic() - seen_s, 0.0, _MAX_LAG_S))
         targets = self._board.targets()
         for arm in self._arms:
-            for frame in arm.hub.receive():
+            for frame in arm.arrived(time.monotonic()):
                 arm.hub.send(arm.emulator.receive(frame))
             targets[arm.part] = arm.emulator.advance(_BUS_TICK_S, positions[arm.part], velocities[arm.part])
             arm.hub.send(arm.emulator.feedback(tick_s, lag_s))
         self._board.set_targets(targets)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _EmulatedArm:
+    """An arm at its bus; a frame reaches it ``delay_s`` after it was heard."""
+
     hub: CanHub
     emulator: PiperEmulator
     part: slice
+    delay_s: float = 0.0
+    _waiting: deque[tuple[float, CanFrame]] = field(default_factory=deque)
+
+    @property
+    def name(self) -> str:
+        return self.emulator.arm.name
+
+    def arrived(self, now_s: float) -> Iterator[CanFrame]:
+        """Yield the frames that reach the arm by ``now_s`` of the monotonic clock."""
+        self._waiting.extend((now_s + self.delay_s, frame) for frame in self.hub.receive())
+        while self._waiting and self._waiting[0][0] <= now_s:
+            yield self._waiting.popleft()[1]
 
 
 class _Board:
@@ -345,7 +430,10 @@ class _EmulatedCamera:
     """
 
     def __init__(self, camera: Camera, slot: FrameWriter, world: World) -> None:
-        self._name = camera.name
+        self.name = camera.name
+        self.stamp_offset_ns = 0
+        self.delivery_s = 0.0
+        self._deliveries: deque[float] = deque(maxlen=_DELIVERIES_KEPT)
         self._period_s = 1 / camera.rate_hz
         self._slot = slot
         self._world = world
@@ -357,12 +445,17 @@ class _EmulatedCamera:
         """Do what is due."""
         if self._exposed is not None:
             exposed_s, capture_ns = self._exposed
-            if now_s >= exposed_s + self._draw_s:
+            if now_s >= exposed_s + max(self._draw_s, self.delivery_s):
                 self._publish(capture_ns)
+                self._deliveries.append(time.monotonic() - exposed_s)
         elif now_s >= self._next_s:
             self._next_s = max(self._next_s + self._period_s, now_s)
             self._exposed = (now_s, time.time_ns())
-            self._world.expose(self._name)
+            self._world.expose(self.name)
+
+    def measured_delivery_s(self) -> float:
+        """Return how long the last pictures took from exposure to the slot, s; the median."""
+        return float(np.median(self._deliveries)) if self._deliveries else self.delivery_s
 
     def finish(self) -> None:
         """Let a picture that is being drawn be done; the scene it shows is about to go."""
@@ -371,7 +464,7 @@ class _EmulatedCamera:
 
     def _publish(self, capture_ns: int) -> None:
         began_s = time.monotonic()
-        self._slot.write(self._world.develop(self._name), capture_ns)
+        self._slot.write(self._world.develop(self.name), capture_ns + self.stamp_offset_ns)
         waited = time.monotonic() - began_s > 0.008  # converting it takes some milliseconds anyway
         self._draw_s = float(np.clip(self._draw_s + (2e-3 if waited else -1e-3), _MIN_DRAW_S, _MAX_DRAW_S))
         self._exposed = None

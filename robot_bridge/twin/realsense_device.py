@@ -96,12 +96,9 @@ def software_camera(context: Any, camera: Camera, serial: str, slot: str) -> Ite
 def _stream(rs: Any, camera: Camera) -> Any:
     intrinsics = rs.intrinsics()
     intrinsics.width, intrinsics.height = camera.width, camera.height
-    intrinsics.fx, intrinsics.fy, intrinsics.ppx, intrinsics.ppy = (
-        camera.fx,
-        camera.fy,
-        camera.cx,
-        camera.cy,
-    )
+    intrinsics.fx, intrinsics.fy = camera.fx, camera.fy
+    # The SDK counts pixels from the middle of the first one, the renderer from its corner.
+    intrinsics.ppx, intrinsics.ppy = camera.cx - 0.5, camera.cy - 0.5
     intrinsics.model = rs.distortion.none
     intrinsics.coeffs = [0.0] * 5
     stream = rs.video_stream()
