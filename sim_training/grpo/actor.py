@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,6 +60,13 @@ class Actor(Protocol):
     def load(self, folder: Path) -> None:
         """Go on from what :meth:`save` wrote."""
         ...
+
+
+@contextmanager
+def open_actor(bundle: Bundle, instructions: Sequence[str], settings: GrpoSettings) -> Iterator[Actor]:
+    """Yield the actor that ``settings.placement`` asks for."""
+    with LocalActor(bundle, instructions, settings) as actor:
+        yield actor
 
 
 class LocalActor:

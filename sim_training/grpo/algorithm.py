@@ -68,8 +68,8 @@ def make_batch(
         multiple: the batch is filled with empty rows, which count for nothing, to a multiple of this.
 
     Returns:
-        B rows of T looks of S = K * V tokens: ``seen`` (B, T, ...), ``proprio`` (B, T, P), ``prompts`` (B,),
-        ``bins`` (B, T * S) uint8, ``look_mask`` (B, T) bool, ``loss_mask`` (B, T * S) float32,
+        B rows of T looks of S = K * V tokens: ``seen`` (B, T, ...), ``proprio`` (B, T, P), ``prompts``
+        (B,), ``bins`` (B, T * S) uint8, ``look_mask`` (B, T) bool, ``loss_mask`` (B, T * S) float32,
         ``rewards`` (B,) float32, ``rollout_log_probs`` (B, T * S) float32 if every trajectory has them; and
         ``uid`` (B,), the initial state, by which advantages are taken. Empty rows have a uid of their own.
     """

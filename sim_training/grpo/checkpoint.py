@@ -10,7 +10,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +120,6 @@ def load_progress(path: Path) -> Progress:
     return Progress(state.iteration, state.elapsed_s, ready, failed, state.regions, state.best)
 
 
-def with_log_probs(trajectory: Trajectory, values: NDArray[Any]) -> Trajectory:
-    """Return the trajectory with (T, S) log-probabilities."""
-    return replace(trajectory, log_probs=values)
-
-
 def _describe(trajectory: Trajectory, arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
     """Return the trajectory's plain values after adding its arrays, under the name it gives as "row"."""
     row = str(len(arrays))  # no two alike: each adds some
@@ -149,7 +144,7 @@ def _restore(entry: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Trajecto
     values = dict(entry)
     row = values.pop("row")
     seed, member = values.pop("episode")
-    held = {name: arrays.get(f"{row}/{name}") for name in _ARRAYS}
+    held: dict[str, Any] = {name: arrays.get(f"{row}/{name}") for name in _ARRAYS}
     if any(held[name] is None for name in _ARRAYS[:-1]):
         raise KeyError(f"{WAITING} lacks a trajectory")
     return Trajectory(episode=Episode(seed, member), **held, **values)

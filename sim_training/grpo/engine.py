@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
@@ -46,7 +46,7 @@ class VLAModelConfig(BaseConfig):
         train_encoder: whether batches hold images and the encoder learns; else they hold visual tokens.
     """
 
-    _mutable_fields = {"model_type"}
+    _mutable_fields: ClassVar[set[str]] = {"model_type"}
 
     path: str = ""
     input_ids: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))

@@ -97,12 +97,15 @@ class Environments(Protocol):
     """Many environments of one task, which play episodes with a policy.
 
     Attributes:
-        instructions: the prompts of the run; ``Looks.prompts`` says which of them.
         seconds: seconds spent so far, by what for ("physics", "rendering", "inference", ...).
     """
 
-    instructions: tuple[str, ...]
     seconds: dict[str, float]
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """The prompts of the run, in the order of ``Looks.prompts``."""
+        ...
 
     def collect(self, episodes: Sequence[Episode], act: Act) -> list[Trajectory]:
         """Play every episode to its end and return them, in the order of ``episodes``.

@@ -95,7 +95,8 @@ class UpdateSettings(Config, frozen=True, kw_only=True):
         decay: whether it falls to zero along half a cosine over the iterations.
         warmup: iterations of linear rise of the learning rate.
         mini_batch: trajectories of one optimizer step.
-        micro_batch: trajectories that one worker computes at once; a divisor of its share of the mini-batch.
+        micro_batch: trajectories that one worker computes at once; a divisor of its share of the
+            mini-batch.
         epochs: how often each trajectory is used in one update.
         rollout_correction: weigh tokens ("token") or trajectories ("sequence") that an older policy
             sampled by truncated importance, as verl does; "off" takes them as they are.
