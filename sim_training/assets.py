@@ -6,29 +6,17 @@ its foot. Meshes are for looking at; hulls are what physics touches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
-from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from scipy.spatial import ConvexHull
 
-Array = NDArray[np.float64]
+from sim_training.shapes import Array, Mesh, Profile, arc, box, column, lathe, polygon, prism, ring, tube
+
 Colour = tuple[float, float, float]
-Profile = tuple[tuple[float, float], ...]
 
-_SEGMENTS = 32
-_HULL_SIDES = 24
-
-
-class Mesh(NamedTuple):
-    """Triangles with normals and texture coordinates: (V, 3), (T, 3), (V, 3), (V, 2)."""
-
-    vertices: NDArray[np.float32]
-    triangles: NDArray[np.uint32]
-    normals: NDArray[np.float32]
-    uvs: NDArray[np.float32]
+_BLACK: Colour = (0.10, 0.10, 0.11)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +54,30 @@ class Asset:
         return np.array([across, across, self.mass_kg * self.radius_m**2 / 2])
 
 
+@lru_cache(maxsize=256)
+def section(asset: Asset, height_m: float) -> Array:
+    """Return (N, 2) points around the level section of an asset's hulls at ``height_m``.
+
+    They are where the edges of the hulls' triangles cross that height.
+
+    Raises:
+        ValueError: nothing is at that height.
+    """
+    found: list[Array] = []
+    for points in asset.hulls:
+        triangles = points[ConvexHull(points).simplices]
+        edges = np.concatenate([triangles[:, [0, 1]], triangles[:, [1, 2]], triangles[:, [2, 0]]])
+        below, above = edges[:, 0, 2] - height_m, edges[:, 1, 2] - height_m
+        crossing = (below * above <= 0) & (below != above)
+        share = (below[crossing] / (below - above)[crossing])[:, None]
+        low, high = edges[crossing, 0], edges[crossing, 1]
+        found.append((low + share * (high - low))[:, :2])
+    outline = np.concatenate(found)
+    if not len(outline):
+        raise ValueError(f"{asset.name} has nothing at {height_m} m")
+    return outline
+
+
 @lru_cache(maxsize=1)
 def sauce_cans() -> tuple[Asset, ...]:
     """Return the five cans of ``move_can_pot``: 44 to 52 mm wide, so that a 70 mm gripper takes them."""
@@ -94,6 +106,82 @@ def pots() -> tuple[Asset, ...]:
 
 
 @lru_cache(maxsize=1)
+def small_things() -> tuple[Asset, ...]:
+    """Return the twelve kinds of ``place_a2b``: upright solids of 50 g, 38 to 56 mm wide.
+
+    Each has a shape and a colour of its own; all fit a 70 mm gripper at any yaw.
+    """
+    return (
+        _column("cube", polygon(4, 0.0265), 0.052, (0.80, 0.10, 0.10)),
+        _column("brick", polygon(4, 0.0275) * [1.18, 0.78], 0.056, (0.93, 0.45, 0.06)),
+        _column("wedge", polygon(3, 0.0275), 0.060, (0.05, 0.55, 0.55)),
+        _column("house", polygon(5, 0.0265), 0.054, (0.15, 0.28, 0.78)),
+        _column("nut", polygon(6, 0.0260), 0.058, (0.95, 0.80, 0.08)),
+        _column("gem", polygon(8, 0.0260), 0.050, (0.12, 0.62, 0.22)),
+        _turned("tin", ((0.0265, 0.0), (0.0265, 0.050)), (0.48, 0.16, 0.62), mass=0.05),
+        _turned("candle", ((0.0190, 0.0), (0.0190, 0.072)), (0.95, 0.45, 0.62), mass=0.05),
+        _turned("cone", ((0.0265, 0.0), (0.0180, 0.060)), (0.50, 0.28, 0.12), mass=0.05),
+        _turned("tumbler", ((0.0200, 0.0), (0.0265, 0.065)), (0.25, 0.75, 0.90), mass=0.05),
+        _turned("barrel", ((0.0205, 0.0), (0.0265, 0.030), (0.0205, 0.060)), (0.40, 0.45, 0.12), mass=0.05),
+        _turned(
+            "dome",
+            ((0.0260, 0.0), (0.0260, 0.025), *arc(0.0260, 0.030, 10, 80)),
+            (0.65, 0.05, 0.32),
+            mass=0.05,
+        ),
+    )
+
+
+@lru_cache(maxsize=1)
+def small_black_things() -> tuple[Asset, ...]:
+    """Return :func:`small_things` painted black, so that a picture tells them from the coloured ones."""
+    return tuple(
+        replace(
+            asset,
+            name=f"{asset.name}_black",
+            visuals=tuple(replace(visual, colour=_BLACK) for visual in asset.visuals),
+        )
+        for asset in small_things()
+    )
+
+
+@lru_cache(maxsize=1)
+def bells() -> tuple[Asset, ...]:
+    """Return the two bells of ``click_bell``: their button is the highest point, above the middle."""
+    return (
+        _bell("bell_brass", 0.040, 0.048, dome=(0.83, 0.64, 0.20), base=(0.16, 0.15, 0.15)),
+        _bell("bell_steel", 0.034, 0.060, dome=(0.70, 0.72, 0.76), base=(0.45, 0.10, 0.10)),
+    )
+
+
+@lru_cache(maxsize=1)
+def empty_cup() -> Asset:
+    """Return the cup of ``place_empty_cup``: 60 mm wide at its rim and hollow to look at.
+
+    Physics takes it for solid: nothing is ever put into it.
+    """
+    low, high, height, wall = 0.024, 0.029, 0.078, 0.0025
+    paint = (0.16, 0.42, 0.70)
+    outside = lathe(((0.0, 0.0), (low, 0.0), (high, height), (high - wall, height)))
+    inside = lathe(((high - wall, height), (low - wall, 0.006), (0.0, 0.006)))
+    return Asset(
+        "cup_blue",
+        (Visual(outside, paint, roughness=0.35), Visual(inside, (0.92, 0.92, 0.88), roughness=0.4)),
+        (np.concatenate([ring(low, 0.0), ring(high, height)]),),
+        0.08,
+        high,
+        height,
+    )
+
+
+@lru_cache(maxsize=1)
+def coaster() -> Asset:
+    """Return the coaster of ``place_empty_cup``: 100 mm wide, 4 mm high, with a bevelled rim."""
+    profile = ((0.050, 0.0), (0.044, 0.004))
+    return _turned("coaster_cork", profile, (0.66, 0.46, 0.26), mass=0.05)
+
+
+@lru_cache(maxsize=1)
 def clutter() -> tuple[Asset, ...]:
     """Return small things that belong to no task."""
     return (
@@ -101,38 +189,17 @@ def clutter() -> tuple[Asset, ...]:
         _block("block_grey", (0.025, 0.025, 0.03), (0.45, 0.47, 0.50)),
         _block("box_white", (0.04, 0.03, 0.02), (0.90, 0.90, 0.86)),
         _turned("cup", ((0.024, 0.0), (0.030, 0.07)), (0.25, 0.35, 0.55)),
-        _turned("ball", _arc(0.026, 0.026, -80, 80), (0.80, 0.45, 0.15)),
+        _turned("ball", arc(0.026, 0.026, -80, 80), (0.80, 0.45, 0.15)),
         _turned("cone", ((0.028, 0.0), (0.008, 0.06)), (0.55, 0.62, 0.30)),
     )
 
 
-def box(half_size: tuple[float, float, float], centre: tuple[float, float, float] = (0, 0, 0)) -> Mesh:
-    """Return a box; each face carries the texture once."""
-    vertices: list[Any] = []
-    normals: list[Any] = []
-    uvs: list[Any] = []
-    triangles: list[Any] = []
-    for axis in range(3):
-        for sign in (-1.0, 1.0):
-            normal = np.zeros(3)
-            normal[axis] = sign
-            u, v = np.roll(np.eye(3), axis + 1, axis=1)[:2] * np.array([[sign], [1.0]])
-            start = len(vertices)
-            for du, dv in ((-1, -1), (1, -1), (1, 1), (-1, 1)):
-                vertices.append((normal + du * u + dv * v) * half_size + centre)
-                normals.append(normal)
-                uvs.append(((du + 1) / 2, (dv + 1) / 2))
-            order = ((0, 1, 2), (0, 2, 3)) if np.cross(u, v) @ normal > 0 else ((0, 2, 1), (0, 3, 2))
-            triangles += [[start + i for i in triangle] for triangle in order]
-    return _mesh(vertices, triangles, normals, uvs)
-
-
 def _can(name: str, radius: float, height: float, mass: float, *, paint: Colour, band: Colour) -> Asset:
     lip, tin = 0.0012, (0.78, 0.79, 0.80)
-    body = _lathe(((radius, 0.004), (radius, height - 0.004)))
-    label = _lathe(((radius + 0.0004, 0.30 * height), (radius + 0.0004, 0.66 * height)))
-    foot = _lathe(((0.0, 0.0), (radius - lip, 0.0), (radius, lip), (radius, 0.004)))
-    lid = _lathe(
+    body = lathe(((radius, 0.004), (radius, height - 0.004)))
+    label = lathe(((radius + 0.0004, 0.30 * height), (radius + 0.0004, 0.66 * height)))
+    foot = lathe(((0.0, 0.0), (radius - lip, 0.0), (radius, lip), (radius, 0.004)))
+    lid = lathe(
         (
             (radius, height - 0.004),
             (radius, height - lip),
@@ -150,7 +217,7 @@ def _can(name: str, radius: float, height: float, mass: float, *, paint: Colour,
             Visual(foot, tin, roughness=0.35, metallic=0.4),
             Visual(lid, tin, roughness=0.35, metallic=0.4),
         ),
-        (_prism(radius, 0.0, height),),
+        (prism(radius, 0.0, height),),
         mass,
         radius,
         height,
@@ -162,8 +229,8 @@ def _pot(
 ) -> Asset:
     wall, edge = 0.004, 0.012
     outside = ((0.0, 0.0), (radius - edge, 0.0), (radius - 0.3 * edge, 0.3 * edge), (radius, edge))
-    body = _lathe((*outside, (radius, height)))
-    rim = _lathe(
+    body = lathe((*outside, (radius, height)))
+    rim = lathe(
         (
             (radius, height - 0.004),
             (radius + 0.003, height - 0.002),
@@ -174,17 +241,17 @@ def _pot(
     )
     lid_z = height - 0.010
     dome = tuple((r, lid_z + 0.016 * (1 - (r / radius) ** 2)) for r in np.linspace(radius - wall, 0.0, 6))
-    knob = ((0.006, lid_z + 0.014), (0.006, lid_z + 0.022), *_arc(0.012, lid_z + 0.029, -45, 90))
+    knob = ((0.006, lid_z + 0.014), (0.006, lid_z + 0.022), *arc(0.012, lid_z + 0.029, -45, 90))
     visuals = [
         Visual(body, paint, roughness=0.4, metallic=metallic),
         Visual(rim, paint, roughness=0.3, metallic=metallic),
-        Visual(_lathe(dome), _darker(paint), roughness=0.35, metallic=metallic),
-        Visual(_lathe(knob), handle, roughness=0.5),
+        Visual(lathe(dome), _darker(paint), roughness=0.35, metallic=metallic),
+        Visual(lathe(knob), handle, roughness=0.5),
     ]
-    hulls = [_prism(radius, 0.0, height + 0.002)]
+    hulls = [prism(radius, 0.0, height + 0.002)]
     for sign in (-1.0, 1.0):
         path = _handle_path(radius, 0.78 * height, sign)
-        visuals.append(Visual(_tube(path, 0.0055), handle, roughness=0.5))
+        visuals.append(Visual(tube(path, 0.0055), handle, roughness=0.5))
         low, high = path.min(axis=0) - 0.005, path.max(axis=0) + 0.005
         hulls.append(np.array(np.meshgrid(*zip(low, high, strict=True))).reshape(3, -1).T)
     return Asset(name, tuple(visuals), tuple(hulls), 2.0, radius, height, friction=0.8)
@@ -203,64 +270,48 @@ def _block(name: str, half_size: tuple[float, float, float], paint: Colour) -> A
     )
 
 
-def _turned(name: str, profile: Profile, paint: Colour) -> Asset:
-    radii, heights = np.array(profile).T
-    closed = ((0.0, profile[0][1]), *profile, (0.0, profile[-1][1]))
-    hull = np.concatenate([_ring(r, z) for r, z in profile])
-    foot = np.array([0.0, 0.0, heights.min()])
-    mesh = _lathe(closed)
-    standing = mesh._replace(vertices=(mesh.vertices - foot).astype(np.float32))
+def _column(name: str, corners: Array, height: float, paint: Colour) -> Asset:
+    hull = np.concatenate([np.pad(corners, ((0, 0), (0, 1)), constant_values=z) for z in (0.0, height)])
+    radius = float(np.hypot(*corners.T).max())
+    return Asset(name, (Visual(column(corners, height), paint),), (hull,), 0.05, radius, height)
+
+
+def _bell(name: str, radius: float, height: float, *, dome: Colour, base: Colour) -> Asset:
+    """Return a desk bell: a foot, a dome and a button 10 mm wide on a stalk."""
+    rim, top = 0.010, height - 0.012
+    bow = tuple(
+        (float(radius * np.cos(a)), float(rim + (top - rim) * np.sin(a)))
+        for a in np.linspace(0, np.pi / 2, 9)
+    )
+    button = ((0.005, top - 0.001), (0.005, height - 0.002), (0.004, height), (0.0, height))
+    foot = ((0.0, 0.0), (1.05 * radius, 0.0), (1.05 * radius, rim), (radius, rim))
     return Asset(
-        name, (Visual(standing, paint),), (hull - foot,), 0.1, float(radii.max()), float(np.ptp(heights))
+        name,
+        (
+            Visual(lathe(foot), base, roughness=0.6),
+            Visual(lathe(bow), dome, roughness=0.3, metallic=0.4),
+            Visual(lathe(button), base, roughness=0.5),
+        ),
+        (
+            np.concatenate([ring(1.05 * radius, 0.0), *(ring(r, z) for r, z in bow)]),
+            prism(0.005, top - 0.001, height),
+        ),
+        0.3,
+        1.05 * radius,
+        height,
     )
 
 
-def _lathe(profile: Profile) -> Mesh:
-    """Return the surface of revolution of (radius, z) points, creased at each point of the profile."""
-    angles = np.linspace(0, 2 * np.pi, _SEGMENTS + 1)
-    cos, sin = np.cos(angles), np.sin(angles)
-    vertices: list[Any] = []
-    normals: list[Any] = []
-    uvs: list[Any] = []
-    triangles: list[Any] = []
-    for (r0, z0), (r1, z1) in pairwise(profile):
-        slope = np.array([z1 - z0, r0 - r1])
-        slope /= np.linalg.norm(slope)
-        start = len(vertices)
-        for radius, z, v in ((r0, z0, 0.0), (r1, z1, 1.0)):
-            for i, (c, s) in enumerate(zip(cos, sin, strict=True)):
-                vertices.append((radius * c, radius * s, z))
-                normals.append((slope[0] * c, slope[0] * s, slope[1]))
-                uvs.append((i / _SEGMENTS, v))
-        upper = start + _SEGMENTS + 1
-        for i in range(_SEGMENTS):
-            triangles.append((start + i, start + i + 1, upper + i + 1))
-            triangles.append((start + i, upper + i + 1, upper + i))
-    return _mesh(vertices, triangles, normals, uvs)
-
-
-def _tube(path: Array, radius: float, sides: int = 8) -> Mesh:
-    """Return a round bar along the points ``path`` (N, 3)."""
-    vertices: list[Any] = []
-    normals: list[Any] = []
-    uvs: list[Any] = []
-    triangles: list[Any] = []
-    tangents = np.gradient(path, axis=0)
-    for i, (point, tangent) in enumerate(zip(path, tangents, strict=True)):
-        side = np.cross(tangent, (0.0, 0.0, 1.0))
-        side /= np.linalg.norm(side)
-        up = np.cross(side, tangent)
-        up /= np.linalg.norm(up)
-        for k, angle in enumerate(np.linspace(0, 2 * np.pi, sides, endpoint=False)):
-            normal = np.cos(angle) * side + np.sin(angle) * up
-            vertices.append(point + radius * normal)
-            normals.append(normal)
-            uvs.append((k / sides, i / (len(path) - 1)))
-    for i in range(len(path) - 1):
-        for k in range(sides):
-            a, b = i * sides + k, i * sides + (k + 1) % sides
-            triangles += [(a, b + sides, b), (a, a + sides, b + sides)]
-    return _mesh(vertices, triangles, normals, uvs)
+def _turned(name: str, profile: Profile, paint: Colour, mass: float = 0.1) -> Asset:
+    radii, heights = np.array(profile).T
+    closed = ((0.0, profile[0][1]), *profile, (0.0, profile[-1][1]))
+    hull = np.concatenate([ring(r, z) for r, z in profile])
+    foot = np.array([0.0, 0.0, heights.min()])
+    mesh = lathe(closed)
+    standing = mesh._replace(vertices=(mesh.vertices - foot).astype(np.float32))
+    return Asset(
+        name, (Visual(standing, paint),), (hull - foot,), mass, float(radii.max()), float(np.ptp(heights))
+    )
 
 
 def _handle_path(radius: float, z: float, sign: float) -> Array:
@@ -270,29 +321,6 @@ def _handle_path(radius: float, z: float, sign: float) -> Array:
     return np.stack([x, sign * (radius - 0.007 + 0.034 * np.sin(t) ** 0.6), np.full_like(t, z)], axis=1)
 
 
-def _arc(radius: float, centre_z: float, start_deg: float, end_deg: float) -> Profile:
-    angles = np.deg2rad(np.linspace(start_deg, end_deg, 9))
-    return tuple((float(radius * np.cos(a)), float(centre_z + radius * np.sin(a))) for a in angles)
-
-
-def _prism(radius: float, low: float, high: float) -> Array:
-    return np.concatenate([_ring(radius, low), _ring(radius, high)])
-
-
 def _darker(colour: Colour) -> Colour:
     red, green, blue = colour
     return 0.9 * red, 0.9 * green, 0.9 * blue
-
-
-def _ring(radius: float, z: float) -> Array:
-    angles = np.linspace(0, 2 * np.pi, _HULL_SIDES, endpoint=False)
-    return np.stack([radius * np.cos(angles), radius * np.sin(angles), np.full_like(angles, z)], axis=1)
-
-
-def _mesh(vertices: list[Any], triangles: list[Any], normals: list[Any], uvs: list[Any]) -> Mesh:
-    return Mesh(
-        np.asarray(vertices, dtype=np.float32),
-        np.asarray(triangles, dtype=np.uint32),
-        np.asarray(normals, dtype=np.float32),
-        np.asarray(uvs, dtype=np.float32),
-    )

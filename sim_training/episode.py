@@ -107,8 +107,11 @@ def _cut(path: list[Array], ends: NDArray[np.int64]) -> list[Array]:
 
 
 def observe(world: World, cameras: tuple[str, ...], last_action: int) -> Observation:
-    """Return what the robot in ``world`` shows a policy now."""
-    return Observation(
+    """Return what the robot in ``world`` shows a policy now.
+
+    With the randomisation ``latency`` the world then goes on for as long as the answer will take.
+    """
+    observation = Observation(
         images={name: world.render(name) for name in cameras},
         state=world.positions().astype(np.float32),
         instruction=world.task.instruction,
@@ -116,3 +119,5 @@ def observe(world: World, cameras: tuple[str, ...], last_action: int) -> Observa
         episode=str(world.seed),
         last_action=last_action,
     )
+    world.step(round(world.variation.think_s / PHYSICS_DT_S))
+    return observation

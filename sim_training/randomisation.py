@@ -13,11 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim_training.assets import Asset, Colour, clutter
+from sim_training.splits import Scenes
 from simplevla.cli import require_choice
-from simplevla.config import Config
+from simplevla.config import Config, build
 
 PLACEMENT_KEY = 0
-_KEYS = {"textures": 1, "lights": 2, "camera": 3, "table_height": 4, "clutter": 5, "physics": 6}
+_KEYS = {"textures": 1, "lights": 2, "camera": 3, "table_height": 4, "clutter": 5, "physics": 6,
+    "actuation": 7, "latency": 8,
+}  # fmt: skip
 _TEXTURE_PIXELS = 64
 
 
@@ -31,6 +34,10 @@ class Randomisation(Config):
         table_height: the table, 0 to 3 cm lower (RoboTwin's range).
         clutter: up to six things that have no part in the task.
         physics: masses by 0.7 to 1.4 and friction coefficients by 0.7 to 1.3.
+        actuation: setpoints reach the drives 0 to 60 ms late, whose stiffness is 0.8 to 1.2 of its own.
+        latency: 40 to 160 ms pass between a look and the first action that answers it, in which the
+            arms rest. The real stack measures 87 ms from the exposure to the bus.
+        scenes: which of the task's scenes occur; ``seen`` leaves out what the splits hold out.
     """
 
     textures: bool = False
@@ -39,6 +46,9 @@ class Randomisation(Config):
     table_height: bool = False
     clutter: bool = False
     physics: bool = False
+    actuation: bool = False
+    latency: bool = False
+    scenes: Scenes = Scenes.ALL
 
     @classmethod
     def none(cls) -> Randomisation:
@@ -48,7 +58,7 @@ class Randomisation(Config):
     @classmethod
     def all(cls) -> Randomisation:
         """Return everything switched on."""
-        return cls(**dict.fromkeys(_KEYS, True))
+        return cls.of(tuple(_KEYS))
 
     @classmethod
     def of(cls, names: Sequence[str]) -> Randomisation:
@@ -61,7 +71,7 @@ class Randomisation(Config):
             require_choice("randomisation", name, [*_KEYS, "all", "none"])
         if "all" in names:
             return cls.all()
-        return cls(**{name: True for name in names if name != "none"})
+        return build({name: True for name in names if name != "none"}, cls, source="randomisation")
 
     def names(self) -> list[str]:
         """Return the switches that are on."""
@@ -101,6 +111,9 @@ class Variation:
         light_colours: of the directional light and the two point lights, each relative to plain white.
         cameras: one shift a camera, in the embodiment's order.
         strays: candidates for clutter; those that stand in the task's way are left out.
+        setpoint_delay_s: how long after it was set a drive target takes effect.
+        drive_gain: factor on the stiffness of the joints' drives.
+        think_s: how long the policy and the network take to answer a look.
     """
 
     table: Surface
@@ -111,6 +124,9 @@ class Variation:
     strays: tuple[Stray, ...]
     mass_factor: float
     friction_factor: float
+    setpoint_delay_s: float
+    drive_gain: float
+    think_s: float
 
 
 def generator(seed: int, key: int) -> np.random.Generator:
@@ -133,6 +149,7 @@ def draw(randomisation: Randomisation, seed: int, *, cameras: int) -> Variation:
     white: Colour = (1.0, 1.0, 1.0)
     textures, lights, camera = rng("textures"), rng("lights"), rng("camera")
     height, physics, things = rng("table_height"), rng("physics"), rng("clutter")
+    actuation, latency = rng("actuation"), rng("latency")
     return Variation(
         table=_surface(textures) if textures else Surface((0.80, 0.79, 0.77)),
         wall=_surface(textures) if textures else Surface((0.93, 0.90, 0.86)),
@@ -146,6 +163,9 @@ def draw(randomisation: Randomisation, seed: int, *, cameras: int) -> Variation:
         strays=_strays(things) if things else (),
         mass_factor=float(physics.uniform(0.7, 1.4)) if physics else 1.0,
         friction_factor=float(physics.uniform(0.7, 1.3)) if physics else 1.0,
+        setpoint_delay_s=float(actuation.uniform(0.0, 0.06)) if actuation else 0.0,
+        drive_gain=float(actuation.uniform(0.8, 1.2)) if actuation else 1.0,
+        think_s=float(latency.uniform(0.04, 0.16)) if latency else 0.0,
     )
 
 

@@ -8,10 +8,11 @@ episode before, so that a seed gives the same trajectory whatever came first.
 from __future__ import annotations
 
 import os
+from collections import deque
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,6 +30,7 @@ except ImportError as error:
 from sim_training import room
 from sim_training.assets import Asset
 from sim_training.randomisation import PLACEMENT_KEY, Randomisation, Variation, draw, generator
+from sim_training.splits import draw_scene
 from sim_training.tasks.base import TABLE_TOP_M, Circle, Judge, Placement, Task
 from simplevla.embodiment import Arm, Embodiment
 from simplevla.errors import EmbodimentError, UnavailableError
@@ -51,6 +53,19 @@ _FINGER_DAMPING_NS_M = 14.0
 _FINGER_FORCE_N = 15.0
 _PAD_FRICTION = 1.0
 _LINK_FRICTION = 0.5
+
+
+class Touch(NamedTuple):
+    """Where a robot link (``arm/link``) touches a thing.
+
+    Attributes:
+        impulse_ns: (3,) what the link gave the thing in the last physics step, world frame, N s.
+        point_m: (3,) where, world frame.
+    """
+
+    link: str
+    impulse_ns: Array
+    point_m: Array
 
 
 class World:
@@ -81,6 +96,7 @@ class World:
         self._render = render
         self._scene: Any = None
         self._steps = 0
+        self._late: deque[list[float]] = deque()
 
     def __enter__(self) -> World:
         return self
@@ -109,16 +125,18 @@ class World:
         """
         self.close()
         self.seed = seed
-        variation = draw(self.randomisation, seed, cameras=len(self.embodiment.cameras))
+        self.variation = variation = draw(self.randomisation, seed, cameras=len(self.embodiment.cameras))
         self.table_top_m = TABLE_TOP_M + variation.table_height_m
         self._scene = _new_scene(self._render)
         room.add_room(self._scene, variation, self.table_top_m, render=self._render)
         self._arms = [
-            _SimulatedArm(self._scene, arm, self._render, variation.friction_factor)
-            for arm in self.embodiment.arms
+            _SimulatedArm(self._scene, arm, self._render, variation) for arm in self.embodiment.arms
         ]
         self.fingers = {arm.name: arm.fingers for arm in self._arms}
-        self._placements = self.task.place(generator(seed, PLACEMENT_KEY), self.embodiment)
+        self._drives = [drive for arm in self._arms for drive in arm.drives]
+        self._placements = draw_scene(
+            self.task, generator(seed, PLACEMENT_KEY), self.embodiment, self.randomisation.scenes
+        )
         for placement in self._placements:
             self._add_object(placement, variation)
         self._add_strays(variation)
@@ -128,8 +146,10 @@ class World:
                 self._cameras[camera.name] = room.add_camera(self._scene, camera, shift)
         start = self.embodiment.home() if positions is None else np.asarray(positions, dtype=np.float64)
         self.place_arms(start)
+        self._late.clear()
         self.set_targets(start)
         self._scene_steps(_SETTLE_STEPS)
+        self._late.extend([self._row] * round(variation.setpoint_delay_s / PHYSICS_DT_S))
         self._steps = 0
         self._judge: Judge = self.task.judge(self)
 
@@ -143,6 +163,11 @@ class World:
         """Where the task's things stood at the reset."""
         return self._placements
 
+    @property
+    def region(self) -> str:
+        """The region of the table that the scene started in, as the task names it."""
+        return self.task.traits(self._placements).region
+
     def place_arms(self, positions: ArrayLike) -> None:
         """Put the arms at ``positions`` (D,) at once, at rest; no physics happens."""
         values = np.asarray(positions, dtype=np.float64)
@@ -150,19 +175,25 @@ class World:
             arm.place(values[part])
 
     def set_targets(self, targets: ArrayLike) -> None:
-        """Set the drive targets, (D,); they hold until they are set again."""
-        values = np.asarray(targets, dtype=np.float64)
-        for arm, (_, part) in zip(self._arms, self.embodiment.slices(), strict=True):
-            arm.set_targets(values[part])
-        self._targets = values.copy()
+        """Set the drive targets, (D,); they hold until they are set again.
+
+        With the randomisation ``actuation`` the drives learn of them some physics steps later.
+        """
+        self._targets = np.array(targets, dtype=np.float64)
+        self._row = self._rows(self._targets[None])[0]
+        if not self._late:
+            self._drive(self._row)
 
     def targets(self) -> Array:
-        """Return the (D,) drive targets that hold now."""
+        """Return the (D,) drive targets that were set last."""
         return self._targets.copy()
 
     def step(self, n: int = 1) -> None:
         """Advance physics by ``n`` steps of ``PHYSICS_DT_S``."""
         for _ in range(n):
+            if self._late:
+                self._late.append(self._row)
+                self._drive(self._late.popleft())
             self._scene.step()
             self._steps += 1
             if self._steps % _WATCH_EVERY == 0:
@@ -174,21 +205,11 @@ class World:
         Returns how many were played and whether success came. The same as ``set_targets`` and ``step``
         for each, with nothing computed twice: this is where a rollout spends its time.
         """
-        drives = [drive for arm in self._arms for drive in arm.drives]
-        rows = np.concatenate(
-            [
-                part
-                for _, columns in self.embodiment.slices()
-                for part in (
-                    setpoints[:, columns][:, :-1],
-                    *[setpoints[:, columns.stop - 1, None] / 2] * 2,
-                )
-            ],
-            axis=1,
-        ).tolist()
+        rows = self._rows(setpoints)
         for number, row in enumerate(rows):
-            for drive, value in zip(drives, row, strict=True):
-                drive(value)
+            self._row = row
+            if not self._late:
+                self._drive(row)
             self.step()
             if self._judge.success():
                 self._targets = setpoints[number].copy()
@@ -233,18 +254,21 @@ class World:
         """Return what a thing of the task is made of."""
         return next(p.asset for p in self._placements if p.name == name)
 
-    def touching(self, name: str, impulse_ns: float) -> set[str]:
-        """Return the robot links (``arm/link``) that press on a thing with at least ``impulse_ns``."""
-        found: set[str] = set()
+    def touches(self, name: str) -> list[Touch]:
+        """Return where robot links press on a thing."""
+        found = []
         for contact in self._scene.physx_system.get_contacts():
             first, second = (body.entity.name for body in contact.bodies)
             if name not in (first, second):
                 continue
-            other = second if first == name else first
-            if "/" in other and other not in found:
-                total = np.sum([point.impulse for point in contact.points], axis=0)
-                if np.linalg.norm(total) >= impulse_ns:
-                    found.add(other)
+            link, sign = (second, 1.0) if first == name else (first, -1.0)
+            if "/" not in link:
+                continue
+            # PhysX gives the impulse on the first body.
+            for point in contact.points:
+                if point.impulse.any():
+                    impulse = sign * point.impulse.astype(np.float64)
+                    found.append(Touch(link, impulse, point.position.astype(np.float64)))
         return found
 
     def success(self) -> bool:
@@ -302,18 +326,33 @@ class World:
         """Return one picture from anywhere, with a nicer shader than the robot's cameras have."""
         return room.view(self._scene, position_m, look_at_m, width=width, height=height, fov_deg=fov_deg)
 
+    def _rows(self, targets: Array) -> list[list[float]]:
+        """Return (T, D) targets as what the drives take, each gripper's opening as two halves."""
+        parts = []
+        for _, columns in self.embodiment.slices():
+            half = targets[:, columns.stop - 1, None] / 2
+            parts += [targets[:, columns][:, :-1], half, half]
+        rows: list[list[float]] = np.concatenate(parts, axis=1).tolist()
+        return rows
+
+    def _drive(self, row: list[float]) -> None:
+        for drive, value in zip(self._drives, row, strict=True):
+            drive(value)
+
     def _scene_steps(self, n: int) -> None:
         for _ in range(n):
             self._scene.step()
 
     def _add_object(self, placement: Placement, variation: Variation) -> None:
         asset = placement.asset
-        body = sapien.physx.PhysxRigidDynamicComponent()
+        physx, gap_m = sapien.physx, 0.0 if placement.fixed else 0.0005
+        body = physx.PhysxRigidStaticComponent() if placement.fixed else physx.PhysxRigidDynamicComponent()
         _attach_hulls(body, asset, variation.friction_factor)
-        body.mass = asset.mass_kg * variation.mass_factor
-        body.cmass_local_pose = sapien.Pose([0, 0, asset.height_m / 2])
-        body.inertia = asset.inertia() * variation.mass_factor
-        pose = _standing(placement.xy_m, placement.yaw_rad, self.table_top_m + 0.0005)
+        if not placement.fixed:
+            body.mass = asset.mass_kg * variation.mass_factor
+            body.cmass_local_pose = sapien.Pose([0, 0, asset.height_m / 2])
+            body.inertia = asset.inertia() * variation.mass_factor
+        pose = _standing(placement.xy_m, placement.yaw_rad, self.table_top_m + gap_m)
         room.add_entity(self._scene, placement.name, pose, body, *self._look(asset))
         self._bodies[placement.name] = body
 
@@ -341,7 +380,7 @@ class World:
 class _SimulatedArm:
     """One arm in a scene: drives, measurements, and the names of its fingers."""
 
-    def __init__(self, scene: Any, arm: Arm, render: bool, friction_factor: float) -> None:
+    def __init__(self, scene: Any, arm: Arm, render: bool, variation: Variation) -> None:
         self.arm = arm
         self.name = arm.name
         builder = _arm_builder(str(share_dir() / "urdf" / arm.urdf), render)
@@ -349,7 +388,7 @@ class _SimulatedArm:
         builder.set_initial_pose(_pose_of_base(arm))
         articulation = builder.build(fix_root_link=True, build_mimic_joints=False)
         self._articulation = articulation
-        self._name_links(friction_factor)
+        self._name_links(variation.friction_factor)
         joints = articulation.active_joints
         order = {joint.name: i for i, joint in enumerate(joints)}
         missing = [joint.name for joint in arm.joints if joint.name not in order]
@@ -363,7 +402,7 @@ class _SimulatedArm:
         self._sliding = sliding
         self.fingers: tuple[str, str] = tuple(joints[i].child_link.entity.name for i in sliding)  # type: ignore[assignment]
         for i in self._revolute:
-            frequency = _JOINT_FREQUENCY_RAD_S
+            frequency = _JOINT_FREQUENCY_RAD_S * np.sqrt(variation.drive_gain)
             joints[i].set_drive_properties(frequency**2, 2 * frequency, mode="acceleration")
         for i in sliding:
             joints[i].set_drive_properties(
@@ -377,11 +416,6 @@ class _SimulatedArm:
         joints[self._revolute] = values[:-1]
         joints[self._sliding] = values[-1] / 2
         self._articulation.set_qpos(joints)
-
-    def set_targets(self, values: Array) -> None:
-        half = values[-1] / 2
-        for drive, value in zip(self.drives, [*values[:-1].tolist(), half, half], strict=True):
-            drive(value)
 
     def positions(self) -> Array:
         return self._pick(self._articulation.qpos)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from sim_training.tasks.base import Task
 from sim_training.tasks.move_can_pot import MoveCanPot
+from sim_training.tasks.place_a2b import PlaceA2BLeft, PlaceA2BRight
 from simplevla.cli import require_choice
 
-_TASKS: dict[str, type[Task]] = {MoveCanPot.name: MoveCanPot}
+_TASKS: dict[str, type[Task]] = {
+    task.name: task  # type: ignore[misc]
+    for task in (MoveCanPot, PlaceA2BLeft, PlaceA2BRight)
+}
 
 
 def task_names() -> list[str]:

@@ -16,13 +16,26 @@ start (the pushcut of the SimpleVLA-RL paper).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sim_training.assets import pots, sauce_cans
-from sim_training.tasks.base import TABLE_TOP_M, Circle, Errand, Judge, MotionWatch, Placement
+from sim_training.splits import Split, Traits
+from sim_training.tasks.base import (
+    MAX_TILT_RAD,
+    OPEN,
+    Circle,
+    Errand,
+    Judge,
+    Placement,
+    failure_of,
+    sides,
+    tilt,
+    ways_of_the_arms,
+)
+from sim_training.tasks.motion import MotionWatch
 from simplevla.embodiment import Embodiment
 from simplevla.trial import FailureCode, Strategy
 
@@ -33,10 +46,10 @@ CAN, POT = "can", "pot"
 GOAL_OFFSET_M = 0.18
 
 _MAX_DX_M, _MAX_DY_M = 0.2, 0.035
-_MAX_TILT_RAD = float(np.deg2rad(15))
 _MAX_RISE_M = 0.001
-_OPEN = 0.8
 _GRASP_BELOW_TOP_M = 0.035
+_NEAR_Y_M, _FAR_Y_M = 0.05, 0.15
+_NEW_MODELS = frozenset({"can_blue", "can_plum", "pot_copper", "pot_teal"})
 
 
 @dataclass(frozen=True)
@@ -62,13 +75,16 @@ class State:
 def is_success(state: State) -> bool:
     """Return whether the can stands beside the pot, on its own side, and is let go."""
     return (
-        state.dx_m * state.side > 0
-        and abs(state.dx_m) < _MAX_DX_M
-        and abs(state.dy_m) < _MAX_DY_M
-        and state.tilt_rad < _MAX_TILT_RAD
+        is_beside(state.dx_m, state.dy_m, state.side)
+        and state.tilt_rad < MAX_TILT_RAD
         and state.rise_m <= _MAX_RISE_M
-        and all(opening > _OPEN for opening in state.openings)
+        and all(opening > OPEN for opening in state.openings)
     )
+
+
+def is_beside(dx_m: float, dy_m: float, side: float) -> bool:
+    """Return whether the can is as near to the pot as it has to be, on its own ``side``."""
+    return 0 < dx_m * side < _MAX_DX_M and abs(dy_m) < _MAX_DY_M
 
 
 class MoveCanPot:
@@ -77,38 +93,51 @@ class MoveCanPot:
     name = "move_can_pot"
     instruction = "move the can next to the pot"
     step_limit = 200
+    splits = (Split.SPATIAL, Split.OBJECT, Split.GOAL)
 
-    def place(self, rng: np.random.Generator, embodiment: Embodiment) -> tuple[Placement, ...]:
+    def place(
+        self, rng: np.random.Generator, embodiment: Embodiment, *, new_goal: bool = False
+    ) -> tuple[Placement, ...]:
         """Draw the pot at the origin and the can at least 0.3 m from it.
 
-        With one arm the can stands on that arm's side.
+        With one arm the can stands on that arm's side. A new goal has the pot 3 to 5 cm nearer to the
+        robots and up to 3 cm to a side.
         """
         all_pots, cans = pots(), sauce_cans()
-        pot = Placement(
-            POT, all_pots[int(rng.integers(len(all_pots)))], (0.0, 0.0), rng.uniform(-np.pi / 8, np.pi / 8)
-        )
+        model = all_pots[int(rng.integers(len(all_pots)))]
+        pot = Placement(POT, model, (0.0, 0.0), rng.uniform(-np.pi / 8, np.pi / 8))
         asset = cans[int(rng.integers(len(cans)))]
         yaw = float(rng.uniform(-0.79, 0.79))
         while True:
-            x, y = float(rng.uniform(-0.3, 0.3)), float(rng.uniform(0.05, 0.15))
+            x, y = float(rng.uniform(-0.3, 0.3)), float(rng.uniform(_NEAR_Y_M, _FAR_Y_M))
             if abs(x) >= 0.2 and np.hypot(x, y) >= 0.3:
                 break
-        sides = {float(np.sign(arm.base.xyz_m[0])) for arm in embodiment.arms}
-        if np.sign(x) not in sides:
+        if np.sign(x) not in sides(embodiment):
             x = -x
+        if new_goal:
+            pot = replace(pot, xy_m=(float(rng.uniform(-0.03, 0.03)), float(rng.uniform(-0.05, -0.03))))
         return pot, Placement(CAN, asset, (x, y), yaw)
+
+    def traits(self, placements: tuple[Placement, ...]) -> Traits:
+        """Hold out two cans, two pots, and every pot that is not at the origin."""
+        pot, can = placements
+        return Traits.of(
+            can.xy_m,
+            (_NEAR_Y_M + _FAR_Y_M) / 2,
+            new_object=not _NEW_MODELS.isdisjoint({pot.asset.name, can.asset.name}),
+            new_goal=pot.xy_m != (0.0, 0.0),
+        )
 
     def keep_clear(self, placements: tuple[Placement, ...]) -> tuple[Circle, ...]:
         """Return the pot, the can, the way between the can and its goal, and the grippers' way to it."""
         pot, can = placements
         (can_x, can_y), side = can.xy_m, float(np.sign(can.xy_m[0]))
-        goal = np.array([side * GOAL_OFFSET_M, 0.0])
+        goal = np.add(pot.xy_m, (side * GOAL_OFFSET_M, 0.0))
         way = [tuple(goal + t * (np.array([can_x, can_y]) - goal)) for t in np.linspace(0, 1, 5)]
-        approach = [(can_x, can_y - d) for d in (0.1, 0.2, 0.3)] + [(goal[0], -d) for d in (0.1, 0.2, 0.3)]
-        homes = [(x, y) for x in (-0.3, 0.3) for y in (-0.15, -0.25, -0.35)]
         return (
             Circle(pot.xy_m, pot.asset.radius_m + 0.06),
-            *(Circle((float(x), float(y)), 0.09) for x, y in way + approach + homes),
+            *(Circle((float(x), float(y)), 0.09) for x, y in way),
+            *ways_of_the_arms(can.xy_m, (float(goal[0]), float(goal[1]))),
         )
 
     def judge(self, world: World) -> Judge:
@@ -124,7 +153,7 @@ class MoveCanPot:
         standing = world.object_pose(CAN)[2, 3] - world.table_top_m < 0.003
         delivered = (
             standing
-            and state.tilt_rad < 0.8 * _MAX_TILT_RAD
+            and state.tilt_rad < 0.8 * MAX_TILT_RAD
             and pot_distance_ok(abs(state.dx_m), can.radius_m + world.asset(POT).radius_m)
             and abs(state.dy_m) < 0.7 * _MAX_DY_M
         )
@@ -154,7 +183,8 @@ class _Judge:
         self._motion.watch()
 
     def success(self) -> bool:
-        return is_success(_state(self._world, self._side, self._start_z))
+        dx, dy, _ = (self._world.object_position(CAN) - self._world.object_position(POT)).tolist()
+        return is_beside(dx, dy, self._side) and is_success(_state(self._world, self._side, self._start_z))
 
     def strategy(self) -> Strategy:
         return self._motion.strategy()
@@ -163,11 +193,7 @@ class _Judge:
         state = _state(self._world, self._side, self._start_z)
         if is_success(state):
             return FailureCode.NONE
-        if self._world.object_pose(CAN)[2, 3] < TABLE_TOP_M - 0.1:
-            return FailureCode.DROPPED
-        if state.tilt_rad >= _MAX_TILT_RAD:
-            return FailureCode.NOT_UPRIGHT
-        return FailureCode.TIME_LIMIT
+        return failure_of(self._world.object_pose(CAN))
 
 
 def _state(world: World, side: float, start_z: float) -> State:
@@ -177,7 +203,7 @@ def _state(world: World, side: float, start_z: float) -> State:
         side,
         float(dx),
         float(dy),
-        float(np.arccos(np.clip(can[2, 2], -1, 1))),
+        tilt(can),
         float(can[2, 3]) - start_z,
         tuple(world.openings().tolist()),
     )

@@ -129,8 +129,8 @@ def test_the_judge_sees_the_can_in_the_world(blind: World) -> None:
 class CanBesideTheGoal(MoveCanPot):
     """The same task with the can a short push away from success."""
 
-    def place(self, rng, embodiment):
-        pot, can = super().place(rng, embodiment)
+    def place(self, rng, embodiment, **wanted):
+        pot, can = super().place(rng, embodiment, **wanted)
         return pot, replace(can, xy_m=(0.23, 0.0))
 
 
@@ -163,6 +163,6 @@ def test_success_by_shoving_is_a_push() -> None:
 
 
 def test_an_unknown_task_is_named_with_those_that_exist() -> None:
-    assert task_names() == ["move_can_pot"]
+    assert "move_can_pot" in task_names()
     with pytest.raises(ConfigError, match="move_can_pot"):
         load_task("make_coffee")

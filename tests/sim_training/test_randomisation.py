@@ -8,7 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sim_training.assets import clutter, pots, sauce_cans
+from sim_training.assets import (
+    bells,
+    clutter,
+    coaster,
+    empty_cup,
+    pots,
+    sauce_cans,
+    section,
+    small_black_things,
+    small_things,
+)
+from sim_training.episode import observe, play
 from sim_training.randomisation import Randomisation, Variation, draw
 from sim_training.tasks import load_task
 from sim_training.tasks.move_can_pot import CAN, POT
@@ -24,6 +35,8 @@ OWN = {
     "table_height": {"table_height_m"},
     "clutter": {"strays"},
     "physics": {"mass_factor", "friction_factor"},
+    "actuation": {"setpoint_delay_s", "drive_gain"},
+    "latency": {"think_s"},
 }
 
 
@@ -58,6 +71,9 @@ def test_draws_stay_in_their_ranges_and_repeat(seed: int) -> None:
     assert -0.03 <= variation.table_height_m <= 0
     assert 0.7 <= variation.mass_factor <= 1.4
     assert 0.7 <= variation.friction_factor <= 1.3
+    assert 0 <= variation.setpoint_delay_s <= 0.06
+    assert 0.8 <= variation.drive_gain <= 1.2
+    assert 0.04 <= variation.think_s <= 0.16
     assert np.abs([c.xyz_m for c in variation.cameras]).max() <= 0.01
     assert np.abs([c.rpy_rad for c in variation.cameras]).max() <= np.deg2rad(1.5)
 
@@ -104,7 +120,44 @@ def test_the_switches_have_names() -> None:
         msgspec.convert({"weather": True}, Randomisation)
 
 
-@pytest.mark.parametrize("asset", [*sauce_cans(), *pots(), *clutter()], ids=lambda a: a.name)
+EVERY = (
+    *(*sauce_cans(), *pots(), *clutter(), *small_things()),
+    *(*small_black_things(), *bells(), empty_cup(), coaster()),
+)
+
+
+def test_late_setpoints_move_the_arm_as_much_later(dual: Embodiment) -> None:
+    paths = []
+    for names in ([], ["actuation"]):
+        with World(
+            dual, load_task("move_can_pot"), randomisation=Randomisation.of(names), render=False
+        ) as world:
+            world.reset(3)
+            start, path = dual.home(), []
+            for step in range(60):
+                world.set_targets(start + 0.002 * min(step, 40) * np.eye(dual.dimension)[0])
+                world.step()
+                path.append(world.positions()[0] - start[0])
+            delay = world.variation.setpoint_delay_s
+        paths.append(np.array(path))
+    steps = round(delay * 250)
+    assert steps > 3
+    assert np.abs(paths[1][:steps]).max() < 1e-4
+    assert paths[1][steps:] == pytest.approx(paths[0][: 60 - steps], abs=0.006)
+
+
+def test_the_world_goes_on_while_the_policy_thinks(dual: Embodiment) -> None:
+    with World(
+        dual, load_task("move_can_pot"), randomisation=Randomisation.of(["latency"]), render=False
+    ) as world:
+        world.reset(4)
+        observation = observe(world, (), -1)
+        assert observation.capture_ns == 0
+        assert world.time_s == pytest.approx(world.variation.think_s, abs=0.005)
+        assert play(world, [dual.home()], 0.1).actions == 1
+
+
+@pytest.mark.parametrize("asset", EVERY, ids=lambda a: a.name)
 def test_assets_stand_on_the_ground_and_look_as_large_as_they_are(asset) -> None:
     vertices = np.concatenate([visual.mesh.vertices for visual in asset.visuals])
     points = np.concatenate(asset.hulls)
@@ -120,6 +173,19 @@ def test_assets_stand_on_the_ground_and_look_as_large_as_they_are(asset) -> None
         faces = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
         outward = np.einsum("ij,ij->i", faces, mesh.normals[mesh.triangles[:, 0]])
         assert (outward >= -1e-9).all()
+
+
+@pytest.mark.parametrize("asset", [*small_things(), empty_cup()], ids=lambda a: a.name)
+def test_what_is_to_be_grasped_fits_a_gripper_at_any_yaw(asset) -> None:
+    assert len({thing.name for thing in small_things()}) == 12
+    across = np.concatenate(asset.hulls)[:, :2]
+    angles = np.linspace(0, np.pi, 60)
+    widths = np.ptp(across @ np.stack([np.cos(angles), np.sin(angles)]), axis=0)
+    assert widths.max() < 0.060
+    outline = section(asset, 0.5 * asset.height_m)
+    assert np.hypot(*outline.T).max() <= asset.radius_m + 1e-9
+    with pytest.raises(ValueError, match="nothing at"):
+        section(asset, asset.height_m + 0.001)
 
 
 def test_cans_fit_the_gripper_and_beside_the_pots() -> None:
