@@ -62,13 +62,18 @@ PolicySource = Callable[[], Policy]
 
 
 class EpisodeResult(msgspec.Struct, frozen=True, kw_only=True):
-    """How one episode went."""
+    """How one episode went.
+
+    Attributes:
+        region: where the object started, as the task names it; empty in older reports.
+    """
 
     seed: int
     success: bool
     failure: FailureCode
     strategy: Strategy
     actions: int
+    region: str = ""
 
 
 class Share(msgspec.Struct, frozen=True):
@@ -89,6 +94,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
             success by pushing.
         strategies, failures: how many episodes ended so.
         mean_actions: over the successful episodes.
+        regions: success of the episodes that started in each region; empty in older reports.
     """
 
     policy_id: str
@@ -102,6 +108,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     failures: dict[str, int]
     mean_actions: float | None
     episodes: tuple[EpisodeResult, ...]
+    regions: dict[str, Share] = {}
     schema: int = SCHEMA
 
 
@@ -185,7 +192,7 @@ def record_video(
     camera = policy.embodiment.camera(policy.cameras[0])
     with (
         tempfile.TemporaryDirectory() as folder,
-        _Bench(_Job(source, task, randomisation), policy) as bench,
+        Bench(policy, task, randomisation) as bench,
     ):
         scratch = Path(folder) / "video.mp4"
         size = (camera.width, camera.height)
@@ -255,17 +262,17 @@ class _Job:
     randomisation: Randomisation
 
 
-class _Bench:
-    """One world and one policy that try episodes one after another."""
+class Bench:
+    """One world and one policy that try episodes one after another; a context manager."""
 
-    def __init__(self, job: _Job, policy: Policy) -> None:
+    def __init__(self, policy: Policy, task: str, randomisation: Randomisation) -> None:
         from sim_training.world import World
 
         self._policy = policy
-        self._task: Task = load_task(job.task)
-        self._world = World(policy.embodiment, self._task, randomisation=job.randomisation)
+        self._task: Task = load_task(task)
+        self._world = World(policy.embodiment, self._task, randomisation=randomisation)
 
-    def __enter__(self) -> _Bench:
+    def __enter__(self) -> Bench:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -295,12 +302,13 @@ class _Bench:
             failure=FailureCode.NONE if success else world.failure(),
             strategy=world.strategy(),
             actions=done,
+            region=world.region,
         )
 
 
 def _map(job: _Job, policy: Policy, seeds: Sequence[int], workers: int) -> Iterator[EpisodeResult]:
     if workers <= 1:
-        with _Bench(job, policy) as bench:
+        with Bench(policy, job.task, job.randomisation) as bench:
             yield from map(bench.run, seeds)
         return
     context = multiprocessing.get_context("spawn")
@@ -323,7 +331,14 @@ def _report(job: _Job, policy: Policy, seed: int, results: Sequence[EpisodeResul
         failures=dict(sorted(Counter(r.failure.value for r in results if not r.success).items())),
         mean_actions=float(np.mean([r.actions for r in wins])) if wins else None,
         episodes=tuple(results),
+        regions=_regions(results),
     )
+
+
+def _regions(results: Sequence[EpisodeResult]) -> dict[str, Share]:
+    tried = Counter(result.region for result in results)
+    wins = Counter(result.region for result in results if result.success)
+    return {name: Share(*wilson(wins[name], count)) for name, count in sorted(tried.items())}
 
 
 _bench: Any = None
@@ -331,7 +346,7 @@ _bench: Any = None
 
 def _start_worker(job: _Job) -> None:
     global _bench  # noqa: PLW0603 (one world and one policy for each process of the pool)
-    _bench = _Bench(job, job.source())
+    _bench = Bench(job.source(), job.task, job.randomisation)
 
 
 def _run_in_worker(seed: int) -> EpisodeResult:
