@@ -84,11 +84,11 @@ def sample(logits: Tensor, temperature: float, drawn: Tensor) -> Tensor:
 
 def uniform(looks: Looks, key: Key, slots: int) -> NDArray[np.float64]:
     """Return (n, slots) uniform numbers, each row a function of the key, the episode and the turn."""
-    rows = []
-    for (seed, member), turn in zip(looks.episodes, looks.turns, strict=True):
-        entropy = [*key, int(seed), int(member), int(turn)]
-        rows.append(np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy))).random(slots))
-    return np.stack(rows)
+    rows = np.empty((len(looks), slots))
+    for row, (seed, member), turn in zip(rows, looks.episodes, looks.turns, strict=True):
+        entropy = np.random.SeedSequence([*key, int(seed), int(member), int(turn)])
+        np.random.Generator(np.random.Philox(entropy)).random(out=row)
+    return rows
 
 
 def encode_prompts(bundle: Bundle, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:

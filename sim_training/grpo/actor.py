@@ -65,8 +65,14 @@ class Actor(Protocol):
 @contextmanager
 def open_actor(bundle: Bundle, instructions: Sequence[str], settings: GrpoSettings) -> Iterator[Actor]:
     """Yield the actor that ``settings.placement`` asks for."""
-    with LocalActor(bundle, instructions, settings) as actor:
-        yield actor
+    if settings.placement.engine == "ray":
+        from sim_training.grpo.cluster import RayActor
+
+        with RayActor(bundle, instructions, settings) as remote:
+            yield remote
+    else:
+        with LocalActor(bundle, instructions, settings) as actor:
+            yield actor
 
 
 class LocalActor:

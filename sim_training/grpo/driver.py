@@ -29,8 +29,11 @@ from sim_training.grpo.experience import Answer, Environments, Episode, Looks, T
 from sim_training.grpo.settings import GrpoSettings
 from sim_training.history import Counted, Iteration, append_iteration
 from sim_training.randomisation import Randomisation
+from sim_training.rollouts import Environments as Simulations
+from sim_training.rollouts import settings_of
 from sim_training.seeds import FIRST_EVALUATION_SEED, FIRST_VALIDATION_SEED
 from simplevla.bundle import Bundle
+from simplevla.errors import UnavailableError
 from simplevla.files import write_atomic
 
 log = logging.getLogger(__name__)
@@ -64,9 +67,25 @@ def train(
         ConfigError: the checkpoint is of another network, or damaged.
         UnavailableError: a worker died; starting again goes on.
     """
-    from sim_training.rollouts import Environments as Simulations
-    from sim_training.rollouts import settings_of
+    remaining = settings.placement.restarts
+    while True:
+        try:
+            return _train(bundle, task, settings, folder, randomisation, progress)
+        except UnavailableError as error:
+            if not remaining:
+                raise
+            log.warning("%s; going on from the last checkpoint", error.message)
+            remaining -= 1
 
+
+def _train(
+    bundle: Bundle,
+    task: str,
+    settings: GrpoSettings,
+    folder: Path,
+    randomisation: Randomisation | None,
+    progress: Heard | None,
+) -> Path:
     placement = settings.placement
     rollouts = settings_of(
         bundle,
@@ -77,16 +96,16 @@ def train(
         randomisation=randomisation,
     )
     with ExitStack() as stack:
-        environments = stack.enter_context(Simulations(rollouts))
+        hosts = None
+        if placement.engine == "ray":
+            from sim_training.grpo.cluster import RayHosts, cluster
+
+            stack.enter_context(cluster(placement))
+            hosts = RayHosts(rollouts)
+        environments = stack.enter_context(Simulations(rollouts, hosts))
         actor = stack.enter_context(open_actor(bundle, environments.instructions, settings))
-        return learn(
-            actor,
-            environments,
-            bundle.manifest.action_codec().varied,
-            settings,
-            folder,
-            progress=progress,
-        )
+        varied = bundle.manifest.action_codec().varied
+        return learn(actor, environments, varied, settings, folder, progress=progress)
 
 
 def learn(
@@ -139,7 +158,7 @@ def _iterate(
     clock = _Clock(environments)
     number, temperature = state.iteration, settings.temperature(state.iteration)
     with clock.measure("rollouts"):
-        sampled, groups, kept = _sample(state, actor, environments, settings, region_of, clock)
+        sampled, groups, kept = _sample(state, actor, environments, settings, region_of)
     with clock.measure("log_probs"):
         _add_log_probs(state.ready, actor, varied, settings, temperature)
     chosen = state.ready[: settings.sampling.groups]
@@ -177,7 +196,6 @@ def _sample(
     environments: Environments,
     settings: GrpoSettings,
     region_of: RegionOf | None,
-    clock: _Clock,
 ) -> tuple[list[Trajectory], int, int]:
     """Sample groups and add those that teach to ``state.ready``.
 
@@ -191,8 +209,7 @@ def _sample(
     sampled = kept = 0
 
     def act(looks: Looks) -> Answer:
-        with clock.measure("inference"):
-            return actor.act(looks, key=(settings.seed, state.iteration), temperature=temperature)
+        return actor.act(looks, key=(settings.seed, state.iteration), temperature=temperature)
 
     for round_number in range(sampling.rounds):
         if len(state.ready) >= sampling.groups:

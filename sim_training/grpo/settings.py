@@ -150,6 +150,10 @@ class PlacementSettings(Config, frozen=True, kw_only=True):
         slots: environments of each of them.
         threads: torch's threads of each learner and actor.
         gpu: whether each learner and actor takes one GPU.
+        nodes: hosts that the learners are spread over evenly.
+        ray_address: of a cluster that runs already ("auto" for one on this host); empty to start one
+            that listens on the loopback interface alone.
+        restarts: how often a run goes on by itself after a process has died.
     """
 
     engine: Literal["local", "ray"] = "local"
@@ -159,8 +163,13 @@ class PlacementSettings(Config, frozen=True, kw_only=True):
     slots: Count = 4
     threads: Annotated[int, Meta(ge=1, le=256)] = 1
     gpu: bool = False
+    nodes: Count = 1
+    ray_address: str = ""
+    restarts: Annotated[int, Meta(ge=0)] = 0
 
     def __post_init__(self) -> None:
+        if self.learners % self.nodes:
+            raise ValueError("learners must be a multiple of nodes")
         if self.engine == "local" and (self.learners != 1 or self.actors):
             raise ValueError("a local engine has one learner and no actors: choose engine: ray")
 
