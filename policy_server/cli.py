@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import os
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from policy_server.backends import BACKENDS
 from simplevla.cli import Command, whole_number
+
+if TYPE_CHECKING:
+    from policy_server.served_policy import ServedPolicy
+    from simplevla.bundle import Bundle
 
 _DEFAULT_ADDRESS = "tcp://127.0.0.1:5555"
 _BUNDLE_HELP = "folder of the policy bundle, such as bundles/move_can_pot"
@@ -16,13 +24,20 @@ The server loads the bundle, checks every hash, warms up, and prints one line wh
 
   ready: NAME POLICY_ID on ADDRESS (BACKEND)
 
-It stops on Ctrl-C or SIGTERM, after answering what has arrived. It listens on this machine only. To
-reach it from another, forward the port: ssh -L 5555:127.0.0.1:5555 gpu-server
+It stops on Ctrl-C or SIGTERM, after answering what has arrived. On SIGHUP it looks at BUNDLE again, which
+may be a link to another folder by now: what lies there answers from then on, without a pause, if it
+proves sound; else the old policy goes on.
+
+It listens on this machine only, where clients send images through shared memory. For other machines
+make keys (simplevla keys --help), or forward the port: ssh -L 5555:127.0.0.1:5555 gpu-server
 
 examples:
   simplevla serve bundles/move_can_pot --compile
   simplevla serve bundles/move_can_pot --backend torch --address tcp://127.0.0.1:6000
+  simplevla serve bundles/move_can_pot --address tcp://0.0.0.0:5555 --keys ~/.config/simplevla/keys
+  simplevla serve bundles/move_can_pot --metrics-port 9555     then: curl 127.0.0.1:9555/health
 """
+
 _COMPILE_EPILOG = """\
 Exports the network to ONNX, compares it with torch, and keeps the engine only if both answer alike: in
 the bundle's folder engines/, or in ~/.cache/simplevla if that cannot be written to. An engine fits one
@@ -36,13 +51,13 @@ examples:
 _log = logging.getLogger(__name__)
 
 
-def _configure_serve(parser: argparse.ArgumentParser) -> None:
+def _configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _SERVE_EPILOG
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help=_BUNDLE_HELP)
     parser.add_argument(
         "--backend",
         default="onnxruntime",
-        choices=["onnxruntime", "torch"],
+        choices=BACKENDS,
         help="what computes the network (default: onnxruntime, which needs a compiled engine)",
     )
     parser.add_argument(
@@ -52,10 +67,33 @@ def _configure_serve(parser: argparse.ArgumentParser) -> None:
         f"(default: {_DEFAULT_ADDRESS})",
     )
     parser.add_argument(
+        "--keys",
+        type=Path,
+        metavar="DIR",
+        help="encrypt, and let in only clients whose keys are in DIR/clients; see simplevla keys",
+    )
+    parser.add_argument(
         "--allow-remote",
         action="store_true",
-        help="accept an address that other machines can reach; traffic is neither encrypted nor "
-        "authenticated",
+        help="accept an address that other machines can reach without keys; traffic is then neither "
+        "encrypted nor authenticated",
+    )
+    parser.add_argument(
+        "--no-shared-memory",
+        action="store_true",
+        help="let clients of this machine send images through the socket too",
+    )
+    parser.add_argument(
+        "--batch-wait-ms",
+        type=whole_number(0, 1000),
+        default=2,
+        help="longest wait for other robots, where the back end answers several at once (default: 2)",
+    )
+    parser.add_argument(
+        "--metrics-port",
+        type=whole_number(0, 65535),
+        metavar="PORT",
+        help="show /metrics (Prometheus) and /health on 127.0.0.1:PORT, 0 for a free one",
     )
     parser.add_argument(
         "--threads",
@@ -105,26 +143,53 @@ def _configure_compile(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    from policy_server.hot_swap import HotSwap
+    from policy_server.keys import ServerKeys
+    from policy_server.metrics import Metrics, MetricsPage
+    from policy_server.server import PolicyServer, ServerOptions
+    from simplevla.bundle import load_bundle
+
+    metrics = Metrics() if args.metrics_port is not None else None
+    options = ServerOptions(
+        allow_remote=args.allow_remote,
+        keys=None if args.keys is None else ServerKeys.load(args.keys),
+        local=not args.no_shared_memory,
+        batch_wait_s=1e-3 * args.batch_wait_ms,
+        metrics=metrics,
+    )
+    bundle = load_bundle(args.bundle)
+    with contextlib.ExitStack() as resources:
+        server = resources.enter_context(PolicyServer(_open_policy(bundle, args), args.address, options))
+        swap = HotSwap(
+            server,
+            args.bundle,
+            lambda found: _open_policy(found, args),
+            _log.debug if metrics is None else metrics.swap,
+        )
+        resources.enter_context(swap)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: server.stop())
+        signal.signal(signal.SIGHUP, lambda *_: swap.ask())
+        if metrics is not None:
+            page = resources.enter_context(MetricsPage(metrics, args.metrics_port, server.health))
+            _log.info("metrics on http://127.0.0.1:%d/metrics, process %d", page.port, os.getpid())
+        who = f"{bundle.manifest.name} {bundle.id[:12]}"
+        print(f"ready: {who} on {server.address} ({args.backend})", flush=True)
+        server.serve()
+    return 0
+
+
+def _open_policy(bundle: Bundle, args: argparse.Namespace) -> ServedPolicy:
     from policy_server.backends import open_session
     from policy_server.backends.base import SessionOptions
     from policy_server.served_policy import ServedPolicy
-    from policy_server.server import PolicyServer
-    from simplevla.bundle import load_bundle
 
-    bundle = load_bundle(args.bundle)
     if args.compile and args.backend != "torch":
         from policy_server.compiler import compile_bundle
 
         _log.info("%s", compile_bundle(bundle, args.backend).record.parity)
     session = open_session(bundle, args.backend, SessionOptions(threads=args.threads, spin=args.spin))
-    policy = ServedPolicy.of(bundle, session)
-    with PolicyServer(policy, args.address, allow_remote=args.allow_remote) as server:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: server.stop())
-        who = f"{bundle.manifest.name} {bundle.id[:12]}"
-        print(f"ready: {who} on {server.address} ({args.backend})", flush=True)
-        server.serve()
-    return 0
+    return ServedPolicy.of(bundle, session)
 
 
 def _compile(args: argparse.Namespace) -> int:
@@ -145,5 +210,5 @@ def _compile(args: argparse.Namespace) -> int:
     return 0
 
 
-SERVE = Command("serve a policy bundle to robots", _configure_serve, _serve)
+SERVE = Command("serve a policy bundle to robots", _configure, _serve)
 COMPILE = Command("compile a policy bundle for the machine that serves it", _configure_compile, _compile)

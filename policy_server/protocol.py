@@ -5,7 +5,7 @@ by its ``type``; every further part is one array, raw and C-contiguous, describe
 ``arrays``. Each client message gets exactly one answer with the same ``request``:
 
     Hello -> Welcome      who I am -> what this policy is and needs
-    Act   -> Chunk        observation -> actions
+    Act   -> Chunk        observation (and until when) -> actions
     Health -> Status      are you well
     any   -> Error        refused, with a code and a remedy; the connection stays open
 
@@ -13,6 +13,9 @@ The functions are pure. Nothing is allocated, reshaped or copied before types, r
 checked, and bytes from outside raise :class:`MessageError` and nothing else. In every schema, past and
 future, a header is a map with at least ``type``, ``schema`` and ``request``, so that two versions can
 still tell each other that they differ.
+
+How the parts travel is not this module's business: :mod:`policy_server.local_link` within one host, ZMQ
+between hosts.
 """
 
 from __future__ import annotations
@@ -27,18 +30,20 @@ import numpy as np
 from msgspec import Meta
 from numpy.typing import NDArray
 
+from policy_server.jpeg import decode_jpeg, encode_jpeg
 from simplevla.action_chunk import ActionChunk
 from simplevla.embodiment import Embodiment
-from simplevla.errors import SimplevlaError
+from simplevla.errors import ObservationError, SimplevlaError
 from simplevla.observation import MAX_INSTRUCTION_CHARS, Observation
 
-SCHEMA: Literal[1] = 1
+SCHEMA: Literal[2] = 2
 DEFAULT_ADDRESS = "tcp://127.0.0.1:5555"
-MAX_ARRAYS = 17
+MAX_ARRAYS = 18
 MAX_HEADER_BYTES = 1 << 16
 MAX_PART_BYTES = 1 << 26
 MAX_TOTAL_BYTES = 1 << 27
-STATE, ACTIONS, IMAGE_PREFIX = "state", "actions", "image/"
+STATE, COMMITTED, ACTIONS = "state", "committed", "actions"
+IMAGE_PREFIX, JPEG_PREFIX = "image/", "jpeg/"
 
 _MAX_ERROR_CHARS = 2000
 _MAX_INT = (1 << 63) - 1
@@ -78,12 +83,14 @@ class ArrayInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: Name
     dtype: Literal["uint8", "float32"]
-    shape: Annotated[tuple[Annotated[int, Meta(ge=1, le=1 << 20)], ...], Meta(min_length=1, max_length=4)]
+    shape: Annotated[
+        tuple[Annotated[int, Meta(ge=1, le=MAX_PART_BYTES)], ...], Meta(min_length=1, max_length=4)
+    ]
 
 
 class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="type"):
     request: Count
-    schema: Literal[1] = SCHEMA
+    schema: Literal[2] = SCHEMA
     arrays: Annotated[tuple[ArrayInfo, ...], Meta(max_length=MAX_ARRAYS)] = ()
 
 
@@ -101,6 +108,18 @@ class CameraNeed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     height: Annotated[int, Meta(ge=1, le=4096)]
 
 
+class LocalOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A quicker way for a client on the server's own machine: a Unix socket, and frames in shared memory.
+
+    Attributes:
+        path: of the socket.
+        token: what the client shows there, so that both know that they mean each other.
+    """
+
+    path: Annotated[str, Meta(min_length=1, max_length=100, pattern="^/")]
+    token: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+
+
 class Welcome(_Header, frozen=True, kw_only=True, tag="welcome"):
     """What the served policy is, needs and answers.
 
@@ -112,25 +131,40 @@ class Welcome(_Header, frozen=True, kw_only=True, tag="welcome"):
         dt_s: time between two actions, s.
         action_space: what the network predicts; the wire carries absolute joint targets in any case.
         backend: what computes the network.
+        clock_ns: the server's monotonic clock, which deadlines are told in.
+        continues: whether the network was trained to go on from committed actions.
+        local: only for a client that may be on the same machine.
     """
 
     policy_id: Name
     name: Name
-    cameras: Annotated[tuple[CameraNeed, ...], Meta(min_length=1, max_length=MAX_ARRAYS - 1)]
+    cameras: Annotated[tuple[CameraNeed, ...], Meta(min_length=1, max_length=MAX_ARRAYS - 2)]
     instructions: Annotated[dict[str, str], Meta(max_length=256)]
     chunk_length: Annotated[int, Meta(ge=1, le=512)]
     dt_s: Annotated[float, Meta(ge=1e-3, le=10)]
     action_space: Name
     backend: Name
+    clock_ns: Count
+    continues: bool = False
+    local: LocalOffer | None = None
 
 
 class Act(_Header, frozen=True, kw_only=True, tag="act"):
-    """One observation; arrays: ``state`` (D,) float32 and ``image/<camera>`` (H, W, 3) uint8."""
+    """One observation.
+
+    Arrays: ``state`` (D,) float32; for each camera either ``image/<camera>`` (H, W, 3) uint8 or
+    ``jpeg/<camera>`` (N,) uint8, a JPEG file; optionally ``committed`` (m, D) float32, see
+    :class:`~simplevla.observation.Observation`.
+
+    Attributes:
+        deadline_ns: on the server's clock; after that the answer is worth nothing. 0 is never.
+    """
 
     instruction: Annotated[str, Meta(max_length=MAX_INSTRUCTION_CHARS)]
     capture_ns: Count
     episode: Annotated[str, Meta(max_length=128)] = ""
     last_action: Annotated[int, Meta(ge=-1, le=_MAX_INT)] = -1
+    deadline_ns: Count = 0
 
 
 class ServerTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -138,24 +172,38 @@ class ServerTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     Attributes:
         receive_ms: taking the message off the socket and checking it.
+        queue_ms: waiting for its turn.
         preprocess_ms: from observation to the network's inputs.
-        inference_ms: the network.
+        inference_ms: the network; of the whole batch if several were answered at once.
         decode_ms: from logits to checked joint targets.
+        send_ms: laying out the answer. Handing it to the system is not in it: that comes after.
     """
 
     receive_ms: Milliseconds
     preprocess_ms: Milliseconds
     inference_ms: Milliseconds
     decode_ms: Milliseconds
+    queue_ms: Milliseconds = 0.0
+    send_ms: Milliseconds = 0.0
+
+    @property
+    def total_ms(self) -> float:
+        """From arrival to the answer, ms."""
+        return float(sum(msgspec.structs.astuple(self)))
 
 
 class Chunk(_Header, frozen=True, kw_only=True, tag="chunk"):
-    """The answer to an Act; array: ``actions`` (K, D) float32 absolute joint targets, rad and m."""
+    """The answer to an Act; array: ``actions`` (K, D) float32 absolute joint targets, rad and m.
+
+    Attributes:
+        clock_ns: the server's monotonic clock as it answered.
+    """
 
     capture_ns: Count
     dt_s: Annotated[float, Meta(ge=1e-3, le=10)]
     policy_id: Name
     timing: ServerTiming
+    clock_ns: Count
 
 
 class Health(_Header, frozen=True, kw_only=True, tag="health"):
@@ -166,9 +214,13 @@ class Status(_Header, frozen=True, kw_only=True, tag="status"):
     """The answer to Health.
 
     Attributes:
+        state: ``ready``, or ``draining`` while the last requests are answered before the end.
         uptime_s: since the server was ready, s.
         answered: chunks sent.
         refused: requests answered with an Error.
+        waiting: requests that wait for their turn.
+        clients: how many said hello and are remembered.
+        swaps: how many times another bundle was promoted.
     """
 
     policy_id: Name
@@ -176,6 +228,10 @@ class Status(_Header, frozen=True, kw_only=True, tag="status"):
     uptime_s: Annotated[float, Meta(ge=0)]
     answered: Count
     refused: Count
+    state: Literal["ready", "draining"] = "ready"
+    waiting: Count = 0
+    clients: Count = 0
+    swaps: Count = 0
 
 
 class Error(_Header, frozen=True, kw_only=True, tag="error"):
@@ -262,8 +318,22 @@ def decode(parts: Sequence[Part]) -> Message:
     return Message(header, _decode_arrays(header, parts[1:]))
 
 
-def encode_observation(request: int, observation: Observation, cameras: Sequence[str]) -> list[Part]:
+def encode_observation(
+    request: int,
+    observation: Observation,
+    cameras: Sequence[str],
+    *,
+    deadline_ns: int = 0,
+    jpeg_quality: int | None = None,
+) -> list[Part]:
     """Return an Act with the state and the images of ``cameras``.
+
+    Args:
+        request: its number.
+        observation: as checked by :func:`~simplevla.observation.check_observation`.
+        cameras: which images to send.
+        deadline_ns: on the server's clock; 0 is never.
+        jpeg_quality: 1 to 100 to send JPEG, which loses a little; None to send what was seen.
 
     Raises:
         MessageError: the observation does not fit the protocol.
@@ -274,45 +344,79 @@ def encode_observation(request: int, observation: Observation, cameras: Sequence
         capture_ns=observation.capture_ns,
         episode=observation.episode,
         last_action=observation.last_action,
+        deadline_ns=deadline_ns,
     )
-    images = {IMAGE_PREFIX + name: observation.images[name] for name in cameras}
-    return encode(header, {STATE: observation.state, **images})
+    arrays: dict[str, NDArray[Any]] = {STATE: observation.state}
+    if observation.committed is not None:
+        arrays[COMMITTED] = observation.committed
+    for name in cameras:
+        image = observation.images[name]
+        if jpeg_quality is None:
+            arrays[IMAGE_PREFIX + name] = image
+        else:
+            arrays[JPEG_PREFIX + name] = encode_jpeg(image, jpeg_quality)
+    return encode(header, arrays)
 
 
-def decode_observation(message: Message) -> Observation:
+def decode_observation(
+    message: Message, cameras: Mapping[str, tuple[int, int]] | None = None
+) -> Observation:
     """Return the observation in an Act, not yet checked against an embodiment.
 
+    State and committed actions are copies, so that nobody can change them after they were checked; the
+    images are views of what was received.
+
+    Args:
+        message: as decoded.
+        cameras: {camera: (width, height)} of those that may send JPEG: a picture is unpacked only if it
+            has exactly that size.
+
     Raises:
-        MessageError: there is no state, or an array is none of an observation.
+        MessageError: there is no state, an array is none of an observation, a camera comes twice, or a
+            JPEG is not what it should be.
     """
     header = message.header
     if not isinstance(header, Act):
         raise MessageError(f"{header.__class__.__name__} carries no observation", request=header.request)
-    unknown = [n for n in message.arrays if n != STATE and not n.startswith(IMAGE_PREFIX)]
-    if unknown or STATE not in message.arrays:
-        raise MessageError(
-            f"an observation has the arrays {STATE!r} and {IMAGE_PREFIX + '<camera>'!r}, "
-            f"not {', '.join(map(repr, message.arrays)) or 'none'}",
-            request=header.request,
-        )
+    images: dict[str, NDArray[np.uint8]] = {}
+    for name, array in message.arrays.items():
+        kind, _, camera = name.partition("/")
+        if name in (STATE, COMMITTED):
+            continue
+        if kind not in ("image", "jpeg") or not camera or camera in images or STATE not in message.arrays:
+            raise MessageError(
+                f"an observation has the arrays {STATE!r}, {IMAGE_PREFIX + '<camera>'!r} or "
+                f"{JPEG_PREFIX + '<camera>'!r}, and perhaps {COMMITTED!r}, "
+                f"not {', '.join(map(repr, message.arrays))}",
+                request=header.request,
+            )
+        if kind == "jpeg":
+            images[camera] = _decode_jpeg(array, camera, cameras or {}, header.request)
+        else:
+            images[camera] = array
+    if STATE not in message.arrays:
+        raise MessageError(f"an observation needs the array {STATE!r}", request=header.request)
+    committed = message.arrays.get(COMMITTED)
     return Observation(
-        images={n[len(IMAGE_PREFIX) :]: a for n, a in message.arrays.items() if n != STATE},
-        state=message.arrays[STATE],
+        images=images,
+        state=message.arrays[STATE].copy(),
         instruction=header.instruction,
         capture_ns=header.capture_ns,
         episode=header.episode,
         last_action=header.last_action,
+        committed=None if committed is None else committed.copy(),
     )
 
 
-def encode_chunk(request: int, chunk: ActionChunk, timing: ServerTiming) -> list[Part]:
-    """Return a Chunk."""
+def encode_chunk(request: int, chunk: ActionChunk, timing: ServerTiming, clock_ns: int) -> list[Part]:
+    """Return a Chunk, stamped with the server's clock."""
     header = Chunk(
         request=request,
         capture_ns=chunk.capture_ns,
         dt_s=chunk.dt_s,
         policy_id=chunk.policy_id,
         timing=timing,
+        clock_ns=clock_ns,
     )
     return encode(header, {ACTIONS: chunk.actions})
 
@@ -345,6 +449,17 @@ def encode_error(request: int, error: SimplevlaError) -> list[Part]:
             remedy=error.remedy[:_MAX_ERROR_CHARS],
         )
     )
+
+
+def _decode_jpeg(
+    data: NDArray[np.uint8], camera: str, cameras: Mapping[str, tuple[int, int]], request: int
+) -> NDArray[np.uint8]:
+    if camera not in cameras or data.ndim != 1 or data.dtype != np.uint8:
+        raise MessageError(f"camera {camera!r} is not one that may send JPEG", request=request)
+    try:
+        return decode_jpeg(data, *cameras[camera])
+    except ObservationError as error:
+        raise MessageError(f"camera {camera!r}: {error.message}", error.remedy, request=request) from error
 
 
 def _check_sizes(parts: Sequence[Part]) -> None:

@@ -1,31 +1,41 @@
-"""The policy server: one ZMQ ROUTER socket, one loop, one answer for each request.
+"""The policy server: one thread at the door, one that computes, one answer for each request.
 
-It listens on this machine only, unless told otherwise: traffic is neither encrypted nor authenticated.
+The thread at the door takes messages in, checks them, and refuses what can be refused at once, also while
+the other one computes. Who is next is :mod:`policy_server.schedule`'s to say. It listens on this machine
+only, unless there are keys or it was told otherwise.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from types import TracebackType
-
-import zmq
+from typing import Any
 
 from policy_server import protocol
-from policy_server.protocol import DEFAULT_ADDRESS, MessageError, Part
-from policy_server.served_policy import ServedPolicy
+from policy_server.door import Door, Peer, Received, require_local
+from policy_server.hot_swap import require_swappable
+from policy_server.keys import ServerKeys
+from policy_server.local_link import slot_bytes
+from policy_server.metrics import Metrics
+from policy_server.protocol import DEFAULT_ADDRESS, MessageError
+from policy_server.schedule import DrainingError, Job, Refusals, Schedule
+from policy_server.served_policy import ServedPolicy, Split
+from simplevla.action_chunk import ActionChunk
+from simplevla.bundle import Manifest
 from simplevla.embodiment import require_same
-from simplevla.errors import ConfigError, SimplevlaError, UnavailableError
+from simplevla.errors import ChunkError, SimplevlaError, UnavailableError
+from simplevla.observation import Observation, check_observation
 
-_POLL_MS = 100
-_QUEUED_MESSAGES = 32
+_POLL_S = 0.5
 _KNOWN_CLIENTS = 256
-_DRAIN_S = 2.0
-_LINGER_MS = 500
+_DRAIN_S = 5.0
+_MARGIN = 4  # an image of a wrong size is to be refused with words, not by hanging up
 
 _log = logging.getLogger(__name__)
 
@@ -42,208 +52,460 @@ class InternalError(SimplevlaError):
     code = "internal"
 
 
+@dataclass(frozen=True)
+class ServerOptions:
+    """How a server serves.
+
+    Attributes:
+        allow_remote: accept an address that other machines can reach, without keys.
+        keys: encrypt, and let in only clients whose keys are known.
+        local: offer clients of this machine shared memory.
+        batch_wait_s: longest time that a request waits for others to be answered with it.
+        metrics: where to count, if anywhere.
+    """
+
+    allow_remote: bool = False
+    keys: ServerKeys | None = None
+    local: bool = True
+    batch_wait_s: float = 0.002
+    metrics: Metrics | None = None
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """How a request's turn went: how long it waited, what it cost, when the answer was there."""
+
+    queued_ms: float
+    split: Split
+    ready_s: float
+
+
+@dataclass
+class _Probation:
+    """A policy that was promoted, the one before it, and after how many answers that is let go of."""
+
+    policy: ServedPolicy
+    before: ServedPolicy
+    left: int = 20
+
+
+Answer = tuple[ActionChunk, Split] | SimplevlaError
+
+
 class PolicyServer:
     """Serves one policy until told to stop. A context manager: it listens, warm, inside the block."""
 
     def __init__(
-        self, policy: ServedPolicy, address: str = DEFAULT_ADDRESS, *, allow_remote: bool = False
+        self,
+        policy: ServedPolicy,
+        address: str = DEFAULT_ADDRESS,
+        options: ServerOptions = ServerOptions(),
     ) -> None:
         """Prepare to serve; nothing is opened yet.
 
         Args:
             policy: what answers.
             address: ``tcp://host:port``, where port may be ``*`` for a free one, or ``ipc://path``.
-            allow_remote: accept an address that other machines can reach.
+            options: how.
 
         Raises:
             ConfigError: the address is no address, or other machines could reach it.
         """
-        require_local(address, allow_remote=allow_remote)
+        require_local(address, allow_remote=options.allow_remote, encrypted=options.keys is not None)
         self._policy = policy
-        self._address = address
+        self._metrics = options.metrics
+        images = [3 * camera.width * camera.height for camera in policy.manifest.embodiment.cameras]
+        self._sizes = {c.name: (c.width, c.height) for c in policy.manifest.embodiment.cameras}
+        self._door = Door(
+            address,
+            max_part_bytes=min(protocol.MAX_PART_BYTES, max(1 << 20, _MARGIN * max(images))),
+            slot_bytes=slot_bytes(images) if options.local else 0,
+            keys=options.keys,
+        )
+        self._resources = ExitStack()
+        # Guards the schedule, the policy and the counts, which both threads change; says what is new.
+        self._news = threading.Condition()
+        self._schedule = Schedule(policy.max_batch, options.batch_wait_s)
         self._stop = threading.Event()
-        # Clients that said Hello, by ZMQ identity; the oldest is forgotten and simply says it again.
-        self._welcomed: OrderedDict[bytes, None] = OrderedDict()
+        self._draining = False
+        self._ended = False
+        # Clients that said Hello; the oldest is forgotten and simply says it again.
+        self._welcomed: OrderedDict[Peer, None] = OrderedDict()
         self._answered = 0
         self._refused = 0
+        self._swaps = 0
+        self._probation: _Probation | None = None
 
     def __enter__(self) -> PolicyServer:
-        """Listen, and warm the policy up.
+        """Warm the policy up, and listen.
 
         Raises:
             UnavailableError: the address is in use.
             ConfigError: it cannot be listened on.
+            SimplevlaError: the policy cannot answer.
         """
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
+        self._resources.enter_context(self._door)
         try:
-            self._socket.setsockopt(zmq.RCVHWM, _QUEUED_MESSAGES)
-            self._socket.setsockopt(zmq.SNDHWM, _QUEUED_MESSAGES)
-            self._socket.setsockopt(zmq.MAXMSGSIZE, protocol.MAX_PART_BYTES)
-            self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
-            _bind(self._socket, self._address)
             self._policy.warm_up()
         except BaseException:
-            self._context.destroy(linger=0)
+            self._resources.close()
             raise
+        if self._metrics:
+            self._metrics.serves(self._policy.policy_id)
         self._ready_since = time.monotonic()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._context.destroy(linger=_LINGER_MS)
+        self._resources.close()
 
     @property
     def address(self) -> str:
         """Where it listens, with the port that was really taken."""
-        return str(self._socket.getsockopt_string(zmq.LAST_ENDPOINT)).rstrip("\0")
+        return self._door.address
+
+    @property
+    def manifest(self) -> Manifest:
+        """The served bundle's."""
+        return self._policy.manifest
+
+    @property
+    def policy_id(self) -> str:
+        """The served bundle's identity."""
+        return self._policy.policy_id
 
     def stop(self) -> None:
         """Make :meth:`serve` answer what has arrived and return; safe from any thread and from a signal."""
         self._stop.set()
+        self._door.wake()
 
     def serve(self) -> None:
         """Answer requests until :meth:`stop`, then those that are already here."""
-        while not self._stop.is_set():
-            if self._socket.poll(_POLL_MS):
-                self._answer_one()
-        deadline = time.monotonic() + _DRAIN_S
-        while time.monotonic() < deadline and self._socket.poll(0):
-            self._answer_one()
-
-    def _answer_one(self) -> None:
-        start = time.perf_counter()
-        client, parts = self._receive()
-        reply = self._reply(client, parts, start)
+        worker = threading.Thread(target=self._compute, name="inference")
+        worker.start()
         try:
-            # ROUTER drops what is meant for a client that is gone or whose queue is full.
-            self._socket.send_multipart([client, *reply], flags=zmq.NOBLOCK)
-        except zmq.Again:
-            _log.warning("a client does not take its answers; one was dropped")
+            while not self._stop.is_set():
+                self._look(self._patience_s())
+            self._drain()
+        finally:
+            with self._news:
+                self._ended = True
+                self._news.notify_all()
+            worker.join()
 
-    def _receive(self) -> tuple[bytes, list[Part]]:
-        """Return one client's identity and message; parts beyond what a message may have are dropped."""
-        client = self._socket.recv()
-        parts: list[Part] = []
-        while self._socket.getsockopt(zmq.RCVMORE):
-            frame = self._socket.recv(copy=False)
-            if len(parts) <= protocol.MAX_ARRAYS + 1:
-                parts.append(frame.buffer)
-        return client, parts
+    def swap(self, policy: ServedPolicy) -> None:
+        """Let ``policy`` answer from now on; what waits already is answered by the one before.
 
-    def _reply(self, client: bytes, parts: Sequence[Part], start: float) -> list[Part]:
+        Should one of its first answers fail, the one before gives it, and takes over again.
+
+        Safe from any thread. Nothing is checked but that clients can go on: see
+        :func:`policy_server.hot_swap.promote`.
+
+        Raises:
+            EmbodimentError: it is for another robot, or needs cameras that clients do not send.
+        """
+        require_swappable(self._policy.manifest, policy.manifest)
+        before = self._policy
+        self._probation = _Probation(policy, before)
+        self._install(policy)
+        self._swaps += 1
+        _log.info("policy %s answers now, instead of %s", policy.policy_id[:12], before.policy_id[:12])
+
+    def ask(
+        self, client: str, observation: Observation, timeout_s: float
+    ) -> tuple[ActionChunk, protocol.ServerTiming]:
+        """Return the chunk for ``observation``, in turn with everybody else's; for other front doors.
+
+        Safe from any thread but the one that serves.
+
+        Args:
+            client: whose request it is; of one client the latest wins.
+            observation: of the served robot.
+            timeout_s: longest wait.
+
+        Raises:
+            SimplevlaError: it was refused, or the policy could not answer.
+            UnavailableError: there was no answer in time.
+        """
+        start_s = time.perf_counter()
+        check_observation(observation, self.manifest.embodiment, self.manifest.cameras)
+        done = threading.Event()
+        outcome: list[SimplevlaError | tuple[ActionChunk, protocol.ServerTiming]] = []
+
+        def take(answer: SimplevlaError | tuple[ActionChunk, protocol.ServerTiming]) -> None:
+            outcome.append(answer)
+            done.set()
+
+        def answer(chunk: ActionChunk, turn: _Turn) -> None:
+            self._answered += 1
+            timing = _timing(1e3 * (received_s - start_s), turn, 0.0)
+            if self._metrics:
+                self._metrics.answered(timing, 0.0)
+            take((chunk, timing))
+
+        def refuse(error: SimplevlaError) -> None:
+            self._count_refusal(error)
+            take(error)
+
+        received_s = time.perf_counter()
+        self._admit(client, observation, time.monotonic() + timeout_s, refuse, answer)
+        if not done.wait(timeout_s):
+            raise UnavailableError("the policy did not answer in time", "ask again")
+        if isinstance(outcome[0], SimplevlaError):
+            raise outcome[0]
+        return outcome[0]
+
+    def status(self, request: int = 0) -> protocol.Status:
+        """Return how it is; safe from any thread."""
+        with self._news:
+            return protocol.Status(
+                request=request,
+                policy_id=self._policy.policy_id,
+                backend=self._policy.session.info.backend,
+                uptime_s=time.monotonic() - self._ready_since,
+                answered=self._answered,
+                refused=self._refused,
+                state="draining" if self._draining or self._stop.is_set() else "ready",
+                waiting=len(self._schedule),
+                clients=len(self._welcomed),
+                swaps=self._swaps,
+            )
+
+    def health(self, stalled_s: float = 30.0) -> tuple[bool, dict[str, Any]]:
+        """Return whether it can answer, and its status; an inference that never ends is not well."""
+        status = self.status()
+        busy_since_s = self._schedule.busy_since_s
+        busy_s = 0.0 if busy_since_s is None else time.monotonic() - busy_since_s
+        well = status.state == "ready" and busy_s < stalled_s
+        shown = ("policy_id", "backend", "uptime_s", "answered", "refused", "state", "waiting", "swaps")
+        return well, {name: getattr(status, name) for name in shown} | {"busy_s": round(busy_s, 3)}
+
+    # --- the thread at the door ---
+
+    def _look(self, timeout_s: float) -> int:
+        """Take in what comes within ``timeout_s``; return how many messages that were."""
+        received = self._door.receive(timeout_s)
+        for message in received:
+            self._take(message)
+        for peer in self._door.gone():
+            self._welcomed.pop(peer, None)  # type: ignore[call-overload]
+            with self._news:
+                self._schedule.forget(peer)
+        with self._news:
+            late = self._schedule.expired(time.monotonic())
+        _refuse(late)
+        return len(received)
+
+    def _patience_s(self) -> float:
+        with self._news:
+            patience_s = self._schedule.patience_s(time.monotonic())
+        return _POLL_S if patience_s is None else min(_POLL_S, max(0.001, patience_s))
+
+    def _drain(self) -> None:
+        """Answer what has arrived, refuse what still comes, and leave when all is done or time is up."""
+        while self._look(0.0):
+            pass
+        with self._news:
+            self._draining = True
+        deadline_s = time.monotonic() + _DRAIN_S
+        while time.monotonic() < deadline_s:
+            with self._news:
+                if not len(self._schedule) and self._schedule.busy_since_s is None:
+                    return
+            self._look(0.01)
+        _log.warning("not everything was answered within %.0f s", _DRAIN_S)
+
+    def _take(self, received: Received) -> None:
+        """Answer a message, or put it where it waits for its turn."""
         request = 0
         refusal: SimplevlaError
         try:
-            message = protocol.decode(parts)
+            if received.error is not None:
+                raise received.error
+            message = protocol.decode(received.parts)
             request = message.header.request
-            return self._handle(client, message, start)
+            self._handle(received, message)
+            return
         except MessageError as error:
-            request, refusal = error.request, error
+            request, refusal = error.request or request, error
         except SimplevlaError as error:
             refusal = error
         except Exception:
             _log.exception("request failed")
             refusal = InternalError("the policy server failed to answer", "read the server's log")
-        self._refused += 1
-        _log.info("refused (%s): %.200s", refusal.code, refusal)
-        return protocol.encode_error(request, refusal)
+        self._send_refusal(received.peer, request, refusal)
 
-    def _handle(self, client: bytes, message: protocol.Message, start: float) -> list[Part]:
-        header = message.header
+    def _handle(self, received: Received, message: protocol.Message) -> None:
+        header, peer = message.header, received.peer
         if isinstance(header, protocol.Act):
-            if client not in self._welcomed:
+            if peer not in self._welcomed:
                 raise HandshakeError("say hello first", "use the client of this version of simplevla")
-            observation = protocol.decode_observation(message)
-            received = time.perf_counter()
-            chunk, split = self._policy.answer(observation)
-            timing = protocol.ServerTiming(
-                receive_ms=1e3 * (received - start),
-                preprocess_ms=split.preprocess_ms,
-                inference_ms=split.inference_ms,
-                decode_ms=split.decode_ms,
+            observation = protocol.decode_observation(message, self._sizes)
+            policy = self._policy
+            check_observation(observation, policy.manifest.embodiment, policy.manifest.cameras)
+            receive_ms = 1e3 * (time.perf_counter() - received.start_s)
+            self._admit(
+                peer,
+                observation,
+                header.deadline_ns / 1e9 if header.deadline_ns else None,
+                lambda error: self._send_refusal(peer, header.request, error),
+                lambda chunk, turn: self._send_chunk(peer, header.request, chunk, receive_ms, turn),
             )
-            reply = protocol.encode_chunk(header.request, chunk, timing)
-            self._answered += 1
-            return reply
-        if isinstance(header, protocol.Hello):
-            return protocol.encode(self._welcome(client, header))
-        if isinstance(header, protocol.Health):
-            return protocol.encode(self._status(header.request))
-        raise MessageError(f"{header.__class__.__name__} is no message to a server", request=header.request)
+        elif isinstance(header, protocol.Hello):
+            peer.send(protocol.encode(self._welcome(peer, header)))
+        elif isinstance(header, protocol.Health):
+            peer.send(protocol.encode(self.status(header.request)))
+        else:
+            name = header.__class__.__name__
+            raise MessageError(f"{name} is no message to a server", request=header.request)
 
-    def _welcome(self, client: bytes, hello: protocol.Hello) -> protocol.Welcome:
-        manifest = self._policy.manifest
+    def _welcome(self, peer: Peer, hello: protocol.Hello) -> protocol.Welcome:
+        policy = self._policy
+        manifest = policy.manifest
         require_same(hello.embodiment, manifest.embodiment, have_is="the client", want_is="the bundle")
-        self._welcomed[client] = None
-        self._welcomed.move_to_end(client)
+        self._welcomed[peer] = None
+        self._welcomed.move_to_end(peer)
         if len(self._welcomed) > _KNOWN_CLIENTS:
             self._welcomed.popitem(last=False)
         cameras = [manifest.embodiment.camera(name) for name in manifest.cameras]
         return protocol.Welcome(
             request=hello.request,
-            policy_id=self._policy.policy_id,
+            policy_id=policy.policy_id,
             name=manifest.name,
             cameras=tuple(protocol.CameraNeed(c.name, c.width, c.height) for c in cameras),
             instructions=manifest.instructions,
             chunk_length=manifest.chunk_length,
             dt_s=manifest.dt_s,
             action_space=manifest.action_space,
-            backend=self._policy.session.info.backend,
+            backend=policy.session.info.backend,
+            clock_ns=time.monotonic_ns(),
+            continues=policy.continues,
+            local=self._door.offer if peer.is_near else None,
         )
 
-    def _status(self, request: int) -> protocol.Status:
-        return protocol.Status(
-            request=request,
-            policy_id=self._policy.policy_id,
-            backend=self._policy.session.info.backend,
-            uptime_s=time.monotonic() - self._ready_since,
-            answered=self._answered,
-            refused=self._refused,
-        )
+    def _admit(
+        self,
+        client: Any,
+        observation: Observation,
+        deadline_s: float | None,
+        refuse: Callable[[SimplevlaError], None],
+        answer: Callable[[ActionChunk, _Turn], None],
+    ) -> None:
+        now_s = time.monotonic()
+        with self._news:
+            if self._draining:
+                raise DrainingError("the server ends", "connect to another one, or wait for its return")
+            job = Job(client, observation, self._policy, deadline_s, now_s, refuse, answer)
+            refusals = self._schedule.admit(job, now_s)
+            self._news.notify()
+        _refuse(refusals)
+
+    # --- the thread that computes ---
+
+    def _compute(self) -> None:
+        while True:
+            with self._news:
+                while not (jobs := self._schedule.take(time.monotonic())):
+                    if self._ended:
+                        return
+                    self._news.wait(self._schedule.patience_s(time.monotonic()))
+                waiting = len(self._schedule)
+            turn_s = time.monotonic()
+            if self._metrics:
+                self._metrics.batch(len(jobs), waiting)
+            answers = self._answers(jobs)
+            ready_s = time.perf_counter()
+            for job, answer in zip(jobs, answers, strict=True):
+                try:
+                    if isinstance(answer, SimplevlaError):
+                        job.refuse(answer)
+                    else:
+                        chunk, split = answer
+                        job.answer(chunk, _Turn(1e3 * (turn_s - job.arrived_s), split, ready_s))
+                except Exception:
+                    _log.exception("an answer could not be sent")
+            with self._news:
+                self._schedule.ended(time.monotonic())
+
+    def _answers(self, jobs: list[Job]) -> list[Answer]:
+        policy: ServedPolicy = jobs[0].policy
+        answers = _computed(policy, jobs)
+        failed = any(isinstance(answer, ChunkError | InternalError) for answer in answers)
+        probation = self._probation
+        if probation is None or probation.policy is not policy:
+            return answers
+        if not failed:
+            probation.left -= len(jobs)
+            if probation.left <= 0:
+                self._probation = None  # the one before is let go of
+            return answers
+        _log.error("policy %s fails; the one before answers again", policy.policy_id[:12])
+        self._probation = None
+        self._install(probation.before)
+        with self._news:
+            self._schedule.hand_over(policy, probation.before)
+        if self._metrics:
+            self._metrics.swap("rolled_back")
+        return _computed(probation.before, jobs)
+
+    def _install(self, policy: ServedPolicy) -> None:
+        with self._news:
+            self._policy = policy
+            self._schedule.max_batch = policy.max_batch
+        if self._metrics:
+            self._metrics.serves(policy.policy_id)
+
+    # --- answers, from both threads ---
+
+    def _send_chunk(
+        self,
+        peer: Peer,
+        request: int,
+        chunk: ActionChunk,
+        receive_ms: float,
+        turn: _Turn,
+    ) -> None:
+        timing = _timing(receive_ms, turn, 1e3 * (time.perf_counter() - turn.ready_s))
+        peer.send(protocol.encode_chunk(request, chunk, timing, time.monotonic_ns()))
+        self._answered += 1
+        if self._metrics:
+            self._metrics.answered(timing, time.perf_counter() - turn.ready_s)
+
+    def _send_refusal(self, peer: Peer, request: int, error: SimplevlaError) -> None:
+        self._count_refusal(error)
+        _log.info("refused (%s): %.200s", error.code, error)
+        peer.send(protocol.encode_error(request, error))
+
+    def _count_refusal(self, error: SimplevlaError) -> None:
+        with self._news:
+            self._refused += 1
+        if self._metrics:
+            self._metrics.refused(error.code)
 
 
-def require_local(address: str, *, allow_remote: bool) -> None:
-    """Check that only this machine can reach ``address``, or warn if that was asked for by name.
+def _computed(policy: ServedPolicy, jobs: list[Job]) -> list[Answer]:
+    """Return the policy's answers; if the batch fails, each alone, so that none spoils another's."""
+    try:
+        return policy.answer_many([job.observation for job in jobs])
+    except Exception:
+        _log.exception("inference failed")
+    if len(jobs) == 1:
+        return [InternalError("the policy server failed to answer", "read the server's log")]
+    return [answer for job in jobs for answer in _computed(policy, [job])]
 
-    Raises:
-        ConfigError: it is no address, or others could reach it.
-    """
-    scheme, separator, place = address.partition("://")
-    if not separator or scheme not in ("tcp", "ipc") or not place:
-        raise ConfigError(f"{address!r} is no address", f"use one like {DEFAULT_ADDRESS} or ipc:///path")
-    if scheme == "ipc" or _is_loopback(place.rpartition(":")[0]):
-        return
-    if not allow_remote:
-        raise ConfigError(
-            f"{address} can be reached from other machines",
-            f"listen on {DEFAULT_ADDRESS} and forward it with ssh -L, or add --allow-remote if the "
-            "network is yours alone",
-        )
-    _log.warning(
-        "listening on %s: other machines can reach it, and traffic is neither encrypted nor authenticated",
-        address,
+
+def _refuse(refusals: Refusals) -> None:
+    for job, error in refusals:
+        job.refuse(error)
+
+
+def _timing(receive_ms: float, turn: _Turn, send_ms: float) -> protocol.ServerTiming:
+    return protocol.ServerTiming(
+        receive_ms=receive_ms,
+        queue_ms=turn.queued_ms,
+        preprocess_ms=turn.split.preprocess_ms,
+        inference_ms=turn.split.inference_ms,
+        decode_ms=turn.split.decode_ms,
+        send_ms=send_ms,
     )
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def _bind(socket: zmq.Socket[bytes], address: str) -> None:
-    if address.startswith("tcp://["):
-        socket.setsockopt(zmq.IPV6, 1)
-    try:
-        socket.bind(address)
-    except zmq.ZMQError as error:
-        if error.errno == zmq.EADDRINUSE:
-            raise UnavailableError(
-                f"{address} is in use already", "stop the other server, or choose another --address"
-            ) from error
-        raise ConfigError(f"cannot listen on {address}: {error}", "choose another --address") from error

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from policy_server.backends.base import SessionInfo
 from policy_server.served_policy import ServedPolicy
-from policy_server.server import PolicyServer
+from policy_server.server import PolicyServer, ServerOptions
 from simplevla.bundle import Bundle, CodecEntry, Manifest, Provenance, write_bundle
 from simplevla.embodiment import Embodiment, load_embodiment
 from simplevla.observation import Observation
@@ -31,11 +31,16 @@ class NumpySession:
 
     Attributes:
         failure: raised by the next run, once.
+        batches: how many observations each run held.
+        pause: while it is cleared, a run does not end.
     """
 
-    def __init__(self, slots: int) -> None:
-        self.info = SessionInfo("numpy", np.__version__, "cpu", "fp32")
+    def __init__(self, slots: int, max_batch: int = 1) -> None:
+        self.info = SessionInfo("numpy", np.__version__, "cpu", "fp32", max_batch=max_batch)
         self.failure: Exception | None = None
+        self.batches: list[int] = []
+        self.pause = threading.Event()
+        self.pause.set()
         self._slots = slots
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
@@ -43,9 +48,16 @@ class NumpySession:
         if self.failure is not None:
             failure, self.failure = self.failure, None
             raise failure
-        mean = np.float32(inputs["frames"].mean() + inputs["proprio"].sum() + inputs["input_ids"].sum())
-        phase = mean + np.arange(self._slots, dtype=np.float32)[:, None]
-        return np.sin(phase + np.arange(256, dtype=np.float32) / 40)[None].astype(np.float32)
+        self.batches.append(len(inputs["frames"]))
+        assert self.pause.wait(30)
+        logits = []
+        for frames, proprio, ids in zip(
+            inputs["frames"], inputs["proprio"], inputs["input_ids"], strict=True
+        ):
+            mean = np.float32(frames.mean() + proprio.sum() + ids.sum())
+            phase = mean + np.arange(self._slots, dtype=np.float32)[:, None]
+            logits.append(np.sin(phase + np.arange(256, dtype=np.float32) / 40))
+        return np.stack(logits).astype(np.float32)
 
 
 @pytest.fixture(scope="session")
@@ -138,8 +150,10 @@ def serving() -> Serving:
 
 
 @contextmanager
-def _serving(policy: ServedPolicy, address: str = "tcp://127.0.0.1:*") -> Iterator[PolicyServer]:
-    with PolicyServer(policy, address) as server:
+def _serving(
+    policy: ServedPolicy, address: str = "tcp://127.0.0.1:*", **options: Any
+) -> Iterator[PolicyServer]:
+    with PolicyServer(policy, address, ServerOptions(**options)) as server:
         thread = threading.Thread(target=server.serve)
         thread.start()
         try:

@@ -23,7 +23,8 @@ import zmq
 from policy_server import protocol
 from policy_server.client import PolicyChangedError, PolicyClient, RemoteError
 from policy_server.served_policy import ServedPolicy
-from policy_server.server import PolicyServer, require_local
+from policy_server.door import require_local
+from policy_server.server import PolicyServer
 from simplevla.bundle import Bundle
 from simplevla.embodiment import Embodiment, load_embodiment
 from simplevla.errors import ConfigError, EmbodimentError, ObservationError, UnavailableError
@@ -115,7 +116,7 @@ def test_another_robot_is_refused_with_the_difference(server: PolicyServer) -> N
 
 def test_another_schema_is_refused_and_the_connection_stays(server: PolicyServer) -> None:
     with RawClient(server.address) as client:
-        newer = {"type": "hello", "schema": 2, "request": 8, "robot": "piper"}
+        newer = {"type": "hello", "schema": 3, "request": 8, "robot": "piper"}
         refusal = client.ask([msgspec.msgpack.encode(newer)])
         assert isinstance(refusal, protocol.Error)
         assert (refusal.code, refusal.request) == ("other_schema", 8)
@@ -347,6 +348,7 @@ def test_late_answers_are_thrown_away(embodiment: Embodiment) -> None:
                 dt_s=0.1,
                 action_space="ee_delta",
                 backend="none",
+                clock_ns=0,
             )
         )
 

@@ -1,0 +1,341 @@
+"""Where messages come in and answers go out: a ZMQ ROUTER for the network, a socket for this machine.
+
+One thread waits in :meth:`Door.receive`; any thread may send to a peer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import os
+import select
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol
+
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from policy_server import protocol
+from policy_server.keys import ServerKeys
+from policy_server.local_link import MAX_DATAGRAM_BYTES, LocalListener, LocalPeer, is_possible
+from policy_server.protocol import DEFAULT_ADDRESS, LocalOffer, MessageError, Part
+from simplevla.errors import ConfigError, UnavailableError
+
+_QUEUED_MESSAGES = 8
+_AT_ONCE = 32
+_LOCAL_CLIENTS = 64
+_REMOTE_CLIENTS = 256  # the one silent for longest is forgotten, and simply says hello again
+_LINGER_MS = 500
+_HEARTBEAT_MS = 1000
+_SILENCE_MS = 3000
+_HANDSHAKE_MS = 3000
+
+_log = logging.getLogger(__name__)
+
+
+class Peer(Protocol):
+    """Who sent a message; stays the same object from one message to the next."""
+
+    @property
+    def is_near(self) -> bool:
+        """Whether it may be on this machine."""
+
+    def send(self, parts: Sequence[Part]) -> None:
+        """Send it an answer; nothing happens if it is gone. Safe from any thread."""
+
+
+@dataclass(frozen=True)
+class Received:
+    """A message, or what was wrong with it, and when it was taken in (``time.perf_counter``)."""
+
+    peer: Peer
+    parts: list[Part]
+    start_s: float
+    error: MessageError | None = None
+
+
+class Door:
+    """The sockets of a server. A context manager: they are open inside the block.
+
+    Args:
+        address: ``tcp://host:port``, where port may be ``*`` for a free one, or ``ipc://path``.
+        max_part_bytes: the largest part that is read from the network; a peer that announces a larger
+            one is cut off before memory is taken for it.
+        slot_bytes: shared memory for one message of a local client; 0 for no local socket.
+        keys: encrypt, and let in only clients whose keys are known.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        max_part_bytes: int = protocol.MAX_PART_BYTES,
+        slot_bytes: int = 0,
+        keys: ServerKeys | None = None,
+    ) -> None:
+        self._address = address
+        self._max_part_bytes = max_part_bytes
+        self._slot_bytes = slot_bytes
+        self._keys = keys
+        self._buffer = bytearray(MAX_DATAGRAM_BYTES)
+        self._remote: OrderedDict[bytes, _RemotePeer] = OrderedDict()
+        self._local: dict[int, LocalPeer] = {}
+        self._gone: list[Hashable] = []
+        # ZMQ's sockets may change threads, but not be used by two at once.
+        self._lock = threading.Lock()
+        self._listener: LocalListener | None = None
+
+    def __enter__(self) -> Door:
+        """Open the sockets.
+
+        Raises:
+            UnavailableError: the address is in use.
+            ConfigError: it cannot be listened on.
+        """
+        self._resources = contextlib.ExitStack()
+        try:
+            self._open()
+        except BaseException:
+            self._resources.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._resources.callback(context.destroy, linger=_LINGER_MS)
+        if self._keys is not None:
+            doorman = ThreadAuthenticator(context)
+            doorman.start()
+            self._resources.callback(doorman.stop)
+            doorman.configure_curve_callback("*", credentials_provider=self._keys)
+        self._router = context.socket(zmq.ROUTER)
+        for option, value in (
+            (zmq.RCVHWM, _QUEUED_MESSAGES),
+            (zmq.SNDHWM, 4 * _QUEUED_MESSAGES),
+            (zmq.MAXMSGSIZE, self._max_part_bytes),
+            (zmq.LINGER, _LINGER_MS),
+            (zmq.ROUTER_MANDATORY, 1),
+            (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
+            (zmq.HEARTBEAT_TIMEOUT, _SILENCE_MS),
+            (zmq.HEARTBEAT_TTL, _SILENCE_MS),
+            (zmq.HANDSHAKE_IVL, _HANDSHAKE_MS),
+        ):
+            self._router.setsockopt(option, value)
+        if self._keys is not None:
+            self._router.curve_secretkey = self._keys.secret
+            self._router.curve_publickey = self._keys.public
+            self._router.curve_server = True
+        _bind(self._router, self._address)
+        self.address = str(self._router.getsockopt_string(zmq.LAST_ENDPOINT)).rstrip("\0")
+        self._epoll = select.epoll()
+        self._resources.callback(self._epoll.close)
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._resources.callback(os.close, self._wake)
+        self._router_fd = int(self._router.getsockopt(zmq.FD))
+        for handle in (self._wake, self._router_fd):
+            self._epoll.register(handle, select.EPOLLIN)
+        if self._slot_bytes and is_possible():
+            self._listener = LocalListener()
+            self._resources.callback(self._listener.close)
+            self._epoll.register(self._listener, select.EPOLLIN)
+
+    @property
+    def offer(self) -> LocalOffer | None:
+        """Where clients of this machine may come in instead."""
+        return self._listener.offer if self._listener else None
+
+    def receive(self, timeout_s: float | None) -> list[Received]:
+        """Return the messages that are there, at most some at once; wait for the first one.
+
+        Args:
+            timeout_s: how long to wait; None for ever (or until :meth:`wake`).
+        """
+        got = self._receive_remote()  # what came without a new signal, ZMQ's being told only once
+        timeout = 0.0 if got else -1 if timeout_s is None else timeout_s
+        for handle, _ in self._epoll.poll(timeout):
+            if handle == self._router_fd:
+                got += self._receive_remote()
+            elif handle == self._wake:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._wake)
+            elif self._listener is not None and handle == self._listener.fileno():
+                self._accept()
+            else:
+                self._receive_local(handle, got)
+        return got
+
+    def wake(self) -> None:
+        """Make :meth:`receive` return; safe from any thread and from a signal."""
+        with contextlib.suppress(BlockingIOError, OSError):
+            os.eventfd_write(self._wake, 1)
+
+    def gone(self) -> list[Hashable]:
+        """Return the peers that have gone since the last call; their answers interest nobody."""
+        for peer in [p for p in self._local.values() if p.greet_by_s and p.greet_by_s < time.monotonic()]:
+            self._close_local(peer)
+        gone, self._gone = self._gone, []
+        return gone
+
+    def close(self) -> None:
+        """Close everything."""
+        for peer in list(self._local.values()):
+            self._close_local(peer)
+        with self._lock:
+            self._resources.close()
+
+    def send_remote(self, identity: bytes, parts: Sequence[Part]) -> None:
+        """Send to a peer of the network; what it does not take, or no longer, is dropped."""
+        with self._lock:
+            try:
+                self._router.send_multipart([identity, *parts], flags=zmq.NOBLOCK)
+            except zmq.Again:
+                _log.warning("a client does not take its answers; one was dropped")
+            except zmq.ZMQError as error:
+                _log.debug("a client is gone: %s", error)
+                peer = self._remote.pop(identity, None)
+                if peer is not None:
+                    self._gone.append(peer)
+            # Sending may have taken note of what came in, and the signal for it is given only once.
+            arrived = not self._router.closed and self._has_news()
+        if arrived:
+            self.wake()
+
+    def _has_news(self) -> bool:
+        return bool(int(self._router.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+
+    def _receive_remote(self) -> list[Received]:
+        got: list[Received] = []
+        with self._lock:
+            while len(got) < _AT_ONCE and self._has_news():
+                start_s = time.perf_counter()
+                identity = self._router.recv()
+                parts: list[Part] = []
+                near = self._address.startswith("ipc:")
+                while self._router.getsockopt(zmq.RCVMORE):
+                    frame = self._router.recv(copy=False)
+                    if not parts and identity not in self._remote:
+                        near = near or _is_near(frame)
+                    if len(parts) <= protocol.MAX_ARRAYS + 1:  # one too many is enough to refuse it
+                        parts.append(frame.buffer)
+                peer = self._remote.get(identity)
+                if peer is None:
+                    peer = self._remote[identity] = _RemotePeer(self, identity, is_near=near)
+                    if len(self._remote) > _REMOTE_CLIENTS:
+                        self._remote.popitem(last=False)
+                self._remote.move_to_end(identity)
+                got.append(Received(peer, parts, start_s))
+        return got
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        peer = self._listener.accept()
+        if peer is None:
+            return
+        if len(self._local) >= _LOCAL_CLIENTS:
+            _log.warning("there are %d local clients already; one more is turned away", _LOCAL_CLIENTS)
+            peer.close()
+            return
+        self._local[peer.fileno()] = peer
+        self._epoll.register(peer, select.EPOLLIN)
+
+    def _receive_local(self, handle: int, got: list[Received]) -> None:
+        peer = self._local[handle]
+        start_s = time.perf_counter()
+        try:
+            if peer.greet_by_s is not None:
+                assert self._listener is not None
+                peer.greet(self._listener.offer.token, self._slot_bytes)
+                return
+            parts = peer.receive(self._buffer)
+        except MessageError as error:
+            got.append(Received(peer, [], start_s, error))
+            return
+        except OSError as error:
+            _log.warning("a local client was turned away: %s", error)
+            parts = None
+        if parts is None:
+            self._close_local(peer)
+        elif parts:
+            got.append(Received(peer, parts, start_s))
+
+    def _close_local(self, peer: LocalPeer) -> None:
+        del self._local[peer.fileno()]
+        self._epoll.unregister(peer)
+        peer.close()
+        self._gone.append(peer)
+
+
+class _RemotePeer:
+    """A client on the network, told by ZMQ's identity of its connection."""
+
+    def __init__(self, door: Door, identity: bytes, *, is_near: bool) -> None:
+        self.identity = identity
+        self.is_near = is_near
+        self._door = door
+
+    def send(self, parts: Sequence[Part]) -> None:
+        self._door.send_remote(self.identity, parts)
+
+
+def require_local(address: str, *, allow_remote: bool, encrypted: bool = False) -> None:
+    """Check that only this machine or the holders of keys can reach ``address``, or warn if asked for.
+
+    Raises:
+        ConfigError: it is no address, or others could reach it.
+    """
+    scheme, separator, place = address.partition("://")
+    if not separator or scheme not in ("tcp", "ipc") or not place:
+        raise ConfigError(f"{address!r} is no address", f"use one like {DEFAULT_ADDRESS} or ipc:///path")
+    if encrypted or scheme == "ipc" or is_loopback(place.rpartition(":")[0]):
+        return
+    if not allow_remote:
+        raise ConfigError(
+            f"{address} can be reached from other machines",
+            "give --keys (make some with: simplevla keys new), or forward "
+            f"{DEFAULT_ADDRESS} with ssh -L, or add --allow-remote if the network is yours alone",
+        )
+    _log.warning(
+        "listening on %s: other machines can reach it, and traffic is neither encrypted nor authenticated",
+        address,
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether ``host`` names this machine and nobody else can mean it."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_near(frame: zmq.Frame) -> bool:
+    try:
+        return is_loopback(str(frame.get("Peer-Address")))
+    except zmq.ZMQError:
+        return False
+
+
+def _bind(socket: zmq.Socket[bytes], address: str) -> None:
+    if address.startswith("tcp://["):
+        socket.setsockopt(zmq.IPV6, 1)
+    try:
+        socket.bind(address)
+    except zmq.ZMQError as error:
+        if error.errno == zmq.EADDRINUSE:
+            raise UnavailableError(
+                f"{address} is in use already", "stop the other server, or choose another --address"
+            ) from error
+        raise ConfigError(f"cannot listen on {address}: {error}", "choose another --address") from error
