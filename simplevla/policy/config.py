@@ -81,10 +81,13 @@ class Head(Config, frozen=True, kw_only=True):
             bin then teaches its neighbours too.
         slot_embeddings: learned embeddings for the action slots; OpenVLA-OFT has none (its
             placeholders are zero and told apart by rotary position alone).
+        prefix: the slots of actions that are already committed take those as their input, so that an
+            answer can continue from what is being executed; see ``simplevla.policy.prefix``.
     """
 
     centres: Annotated[int, Meta(ge=0, le=256)] = 0
     slot_embeddings: bool = False
+    prefix: bool = False
 
 
 class NetworkSizes(Config, frozen=True, kw_only=True):

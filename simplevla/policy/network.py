@@ -44,12 +44,14 @@ from simplevla.policy.config import (
     encoder_grid,
     network_config,
 )
+from simplevla.policy.prefix import PrefixEmbedding, bumps
 
 _REGISTERS = 4
 # OpenVLA's statistics of the two encoders; a convolutional one takes the symmetric pair.
 _DINOV2_MEAN, _DINOV2_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)
 _SYMMETRIC_MEAN, _SYMMETRIC_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 _EPSILON = 1e-8
+_PREFIX_CENTRES = 40  # where the head has no bumps of its own
 
 
 class VLAConfig(PretrainedConfig):
@@ -118,9 +120,19 @@ class VLANetwork(PreTrainedModel):
             if sizes.head.centres
             else nn.Linear(hidden, BINS, bias=False)
         )
+        self.prefix = (
+            PrefixEmbedding(hidden, sizes.head.centres or _PREFIX_CENTRES) if sizes.head.prefix else None
+        )
         self.post_init()
 
-    def forward(self, frames: Tensor, input_ids: Tensor, attention_mask: Tensor, proprio: Tensor) -> Tensor:
+    def forward(
+        self,
+        frames: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        proprio: Tensor,
+        prefix: Tensor | None = None,
+    ) -> Tensor:
         """Return (B, K * D, 256) float32 logits.
 
         Args:
@@ -128,16 +140,25 @@ class VLANetwork(PreTrainedModel):
             input_ids: (B, L) int64: the start token, then padding, then the prompt up to the end.
             attention_mask: (B, L) int64, 1 where ``input_ids`` is no padding.
             proprio: (B, P) float32, raw.
+            prefix: (B, K * D) int64 bins of actions that are committed, -1 where a slot is free; for
+                networks whose head has a prefix. None leaves every slot free.
         """
-        return self.act(self.resample(frames), input_ids, attention_mask, proprio)
+        return self.act(self.resample(frames), input_ids, attention_mask, proprio, prefix)
 
-    def act(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, proprio: Tensor) -> Tensor:
+    def act(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        proprio: Tensor,
+        prefix: Tensor | None = None,
+    ) -> Tensor:
         """Return :meth:`forward`'s logits for images that were resampled before.
 
         Args:
             images: (B, n_cameras, 3, image_height, image_width) float32 in 0..1.
         """
-        return self.decode(self.visual_tokens(images), input_ids, attention_mask, proprio)
+        return self.decode(self.visual_tokens(images), input_ids, attention_mask, proprio, prefix)
 
     def visual_tokens(self, images: Tensor) -> Tensor:
         """Return (B, n_cameras * tokens, features) of resampled images, before the projector."""
@@ -147,8 +168,19 @@ class VLANetwork(PreTrainedModel):
         tokens = patches if self.mixer is None else self.mixer(patches)
         return tokens.reshape(batch, cameras * tokens.shape[1], tokens.shape[2])
 
-    def decode(self, tokens: Tensor, input_ids: Tensor, attention_mask: Tensor, proprio: Tensor) -> Tensor:
-        """Return the logits, given :meth:`visual_tokens`."""
+    def decode(
+        self,
+        tokens: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        proprio: Tensor,
+        prefix: Tensor | None = None,
+    ) -> Tensor:
+        """Return the logits, given :meth:`visual_tokens`.
+
+        Raises:
+            ConfigError: there is a prefix, and the network was built without one.
+        """
         batch = proprio.shape[0]
         visual = self.projector(tokens)
         unit = 2 * (proprio - self.proprio_low) / (self.proprio_high - self.proprio_low + _EPSILON) - 1
@@ -160,6 +192,10 @@ class VLANetwork(PreTrainedModel):
             )
         else:
             slots = self.slots[None].expand(batch, -1, -1)
+        if prefix is not None:
+            if self.prefix is None:
+                raise ConfigError("this network takes no prefix", "train one with head: {prefix: true}")
+            slots = slots + self.prefix(prefix)
         # Llama's end token has id 2, as in the tokenizers that this project writes.
         end = self.decoder.embed_tokens(torch.full_like(input_ids[:, :1], 2))
         sequence = torch.cat([text[:, :1], visual, body, text[:, 1:], slots, end], dim=1)
@@ -301,10 +337,7 @@ class SmoothHead(nn.Module):
     def __init__(self, hidden: int, centres: int) -> None:
         super().__init__()
         self.linear = nn.Linear(hidden, centres)
-        at = torch.linspace(0, BINS - 1, centres)
-        width = (BINS - 1) / max(centres - 1, 1)
-        bumps = torch.exp(-0.5 * ((torch.arange(BINS)[:, None] - at) / width) ** 2)
-        self.register_buffer("basis", bumps, persistent=False)
+        self.register_buffer("basis", bumps(centres), persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return (..., 256) of ``hidden`` (..., hidden)."""

@@ -17,7 +17,7 @@ from simplevla.action_codec import BINS
 from simplevla.bundle import Bundle, Manifest
 from simplevla.embodiment import Embodiment
 from simplevla.errors import BundleError, ChunkError, ConfigError, ObservationError
-from simplevla.kinematics.action_space import to_joint_targets, tool_poses
+from simplevla.kinematics.action_space import from_joint_targets, to_joint_targets, tool_poses
 from simplevla.observation import Observation, check_observation
 from simplevla.policy.config import network_config
 from simplevla.policy.tokenizer import PADDING, START, prompt
@@ -31,6 +31,8 @@ class PolicyProcessor:
 
     Attributes:
         embodiment: the robot the policy is for.
+        continues: whether the network itself continues from committed actions. For another network the
+            answer is joined to them afterwards.
     """
 
     def __init__(self, manifest: Manifest, tokenizer_json: bytes) -> None:
@@ -47,6 +49,7 @@ class PolicyProcessor:
         except ConfigError as error:
             raise BundleError(f"the manifest's {error.message}", _REMEDY) from error
         _check_fit(manifest)
+        self.continues = self._network.sizes.head.prefix
         self._prompt = PromptEncoder(tokenizer_json, self._network.sizes.prompt_tokens)
         if self._prompt.size > self._network.sizes.vocabulary:
             raise BundleError("the tokenizer has more tokens than the network knows", _REMEDY)
@@ -60,20 +63,26 @@ class PolicyProcessor:
         """Return the network's inputs with a batch axis of one.
 
         ``frames`` (1, n_cameras, H, W, 3) uint8, ``input_ids`` and ``attention_mask`` (1, L) int64,
-        ``proprio`` (1, P) float32.
+        ``proprio`` (1, P) float32; where the policy :attr:`continues` also ``prefix`` (1, K * D) int64,
+        the bins of the committed actions and -1 elsewhere.
 
         Raises:
-            ObservationError: the observation breaks its contract, or its instruction is too long.
+            ObservationError: the observation breaks its contract, its instruction is too long, or the
+                committed actions fill the whole chunk.
         """
         check_observation(observation, self.embodiment, self._manifest.cameras)
         ids, mask = self._prompt(observation.instruction)
         frames = np.stack([observation.images[name] for name in self._manifest.cameras])
-        return {
+        committed = self._committed(observation)
+        inputs: dict[str, NDArray[Any]] = {
             "frames": frames[None],
             "input_ids": ids[None].copy(),
             "attention_mask": mask[None].copy(),
             "proprio": proprioception(observation.state, self.embodiment)[None],
         }
+        if self.continues:
+            inputs["prefix"] = self._prefix(committed, observation)
+        return inputs
 
     def chunk(self, logits: NDArray[Any], observation: Observation, policy_id: str) -> ActionChunk:
         """Return the greedy chunk of ``logits`` (K * D, 256) or (1, K * D, 256).
@@ -96,16 +105,63 @@ class PolicyProcessor:
     def chunk_of_bins(
         self, bins: NDArray[np.int64], observation: Observation, policy_id: str
     ) -> ActionChunk:
-        """Return the chunk of ``bins`` (K, D), however they were chosen."""
-        targets = to_joint_targets(
-            self._manifest.action_space, self._codec.decode(bins), observation.state, self.embodiment
-        )
+        """Return the chunk of ``bins`` (K, D), however they were chosen.
+
+        Where actions are committed, the chunk begins with them and moves on from the last without a
+        jump: a network that :attr:`continues` has answered for that, and its further actions count from
+        there; any other network's plan is joined to them.
+        """
+        space, actions = self._manifest.action_space, self._codec.decode(bins)
+        committed = self._committed(observation)
+        if committed is None:
+            targets = to_joint_targets(space, actions, observation.state, self.embodiment)
+        elif self.continues:
+            rest = to_joint_targets(space, actions[len(committed) :], committed[-1], self.embodiment)
+            targets = np.concatenate([committed, rest])
+        else:
+            planned = to_joint_targets(space, actions, observation.state, self.embodiment)
+            targets = joined(planned, committed, self.embodiment)
         return ActionChunk(
             np.ascontiguousarray(targets, dtype=np.float32),
             self._manifest.dt_s,
             observation.capture_ns,
             policy_id,
         )
+
+    def _committed(self, observation: Observation) -> NDArray[np.float32] | None:
+        committed = observation.committed
+        if committed is not None and len(committed) >= self._manifest.chunk_length:
+            raise ObservationError(
+                f"{len(committed)} actions are committed, a chunk has {self._manifest.chunk_length}",
+                "commit only what is executed until the answer comes",
+            )
+        return committed
+
+    def _prefix(self, committed: NDArray[np.float32] | None, observation: Observation) -> NDArray[np.int64]:
+        prefix = np.full((self._manifest.chunk_length, self.embodiment.dimension), -1, dtype=np.int64)
+        if committed is not None:
+            actions = from_joint_targets(
+                self._manifest.action_space, committed, observation.state, self.embodiment
+            )
+            prefix[: len(committed)] = self._codec.encode(actions)
+        return prefix.reshape(1, -1)
+
+
+def joined(
+    planned: NDArray[np.float32], committed: NDArray[np.float32], embodiment: Embodiment
+) -> NDArray[np.float32]:
+    """Return (K, D) targets that begin with ``committed`` (m, D) and end as ``planned`` (K, D) does.
+
+    Action i of the plan is meant for the same time as committed action i. Where the two part, the
+    difference at the seam is taken back evenly over the rest of the chunk: no jump, and the plan's end,
+    where a grasp may be, is kept.
+    """
+    length, given = len(planned), len(committed)
+    seam = committed[-1] - planned[given - 1]
+    left = np.linspace(1.0, 0.0, length - given + 1)[1:, None]
+    lower, upper = embodiment.position_limits()
+    rest = np.clip(planned[given:] + left * seam, lower, upper)
+    return np.concatenate([committed, rest]).astype(np.float32)
 
 
 class PromptEncoder:
