@@ -28,11 +28,14 @@ from sim_training.grpo.engine import WEIGHTS
 from sim_training.grpo.experience import Answer, Environments, Episode, Looks, Trajectory
 from sim_training.grpo.settings import GrpoSettings
 from sim_training.history import Counted, Iteration, append_iteration
-from sim_training.randomisation import Randomisation
+from sim_training.randomisation import PLACEMENT_KEY, Randomisation, generator
 from sim_training.rollouts import Environments as Simulations
 from sim_training.rollouts import settings_of
 from sim_training.seeds import FIRST_EVALUATION_SEED, FIRST_VALIDATION_SEED
+from sim_training.splits import draw_scene
+from sim_training.tasks import load_task
 from simplevla.bundle import Bundle
+from simplevla.embodiment import Embodiment
 from simplevla.errors import UnavailableError
 from simplevla.files import write_atomic
 
@@ -92,7 +95,7 @@ def _train(
         task,
         workers=placement.environment_workers,
         slots=placement.slots,
-        horizon=settings.sampling.horizon,
+        horizon=settings.sampling.horizon or load_task(task).step_limit,
         randomisation=randomisation,
     )
     with ExitStack() as stack:
@@ -105,7 +108,26 @@ def _train(
         environments = stack.enter_context(Simulations(rollouts, hosts))
         actor = stack.enter_context(open_actor(bundle, environments.instructions, settings))
         varied = bundle.manifest.action_codec().varied
-        return learn(actor, environments, varied, settings, folder, progress=progress)
+        return learn(
+            actor,
+            environments,
+            varied,
+            settings,
+            folder,
+            region_of=regions_of(task, bundle.manifest.embodiment, randomisation),
+            progress=progress,
+        )
+
+
+def regions_of(task: str, embodiment: Embodiment, randomisation: Randomisation | None = None) -> RegionOf:
+    """Return what tells the region that a seed's scene starts in."""
+    known, scenes = load_task(task), (randomisation or Randomisation.none()).scenes
+
+    def region_of(seed: int) -> str:
+        placements = draw_scene(known, generator(seed, PLACEMENT_KEY), embodiment, scenes)
+        return known.traits(placements).region
+
+    return region_of
 
 
 def learn(
@@ -122,7 +144,8 @@ def learn(
 
     Args:
         varied: (D,) which action dimensions count.
-        region_of: where the object of a seed starts; needed for the curriculum.
+        region_of: where the object of a seed starts; without it, what the environments say, and no
+            curriculum.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = _resume(actor, folder)
@@ -229,7 +252,10 @@ def _sample(
             for m in range(sampling.group_size)
         ]
         wanted += [Episode(seed, member) for seed in seeds for member in range(sampling.group_size)]
-        found = [replace(t, version=state.iteration) for t in environments.collect(wanted, act)]
+        found = [
+            replace(t, version=state.iteration, region=region_of(t.episode.seed) if region_of else t.region)
+            for t in environments.collect(wanted, act)
+        ]
         played += found
         before = {group[0].episode.seed: group for group in again}
         for new in algorithm.group_by_seed(found):
