@@ -95,6 +95,7 @@ class LocalLink:
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
         self._free = list(range(len(self._memory)))
+        self._buffer = bytearray(MAX_DATAGRAM_BYTES)  # to allocate it anew would cost more than to read
 
     def fileno(self) -> int:
         """The socket, to wait on."""
@@ -137,16 +138,16 @@ class LocalLink:
             MessageError: what came is no message.
         """
         try:
-            datagram = self._socket.recv(MAX_DATAGRAM_BYTES)
+            size = self._socket.recv_into(self._buffer)
         except BlockingIOError:
             if timeout_s <= 0 or not self._poll.poll(max(1.0, 1e3 * timeout_s)):
                 return None
             return self.receive(0.0)
         except OSError as error:
             raise GoneError("the policy server has ended the connection", "connect again") from error
-        if not datagram:
+        if not size:
             raise GoneError("the policy server has ended the connection", "connect again")
-        return _unpack(datagram, [])
+        return _unpack(bytes(memoryview(self._buffer)[:size]), [])
 
     def close(self) -> None:
         """Let go of socket and memory; safe to call twice."""

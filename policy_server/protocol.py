@@ -49,6 +49,12 @@ _MAX_ERROR_CHARS = 2000
 _MAX_INT = (1 << 63) - 1
 _DTYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype(np.uint8), "float32": np.dtype("<f4")}
 
+# By the type itself: numpy makes up a type's name anew each time that it is asked for it.
+_NAMES: dict[np.dtype[Any], Literal["uint8", "float32"]] = {
+    np.dtype(np.uint8): "uint8",
+    np.dtype(np.float32): "float32",
+}
+
 Count = Annotated[int, Meta(ge=0, le=_MAX_INT)]
 Name = Annotated[str, Meta(min_length=1, max_length=128)]
 Milliseconds = Annotated[float, Meta(ge=0, le=1e9)]
@@ -283,14 +289,14 @@ def encode(header: Header, arrays: Mapping[str, NDArray[Any]] | None = None) -> 
     arrays = arrays or {}
     infos, parts = [], []
     for name, array in arrays.items():
-        dtype = _DTYPES.get(array.dtype.name)
-        if dtype is None or not 1 <= array.ndim <= 4 or not array.size:
+        kind = _NAMES.get(array.dtype)
+        if kind is None or not 1 <= array.ndim <= 4 or not array.size:
             raise MessageError(
-                f"array {name!r} is {array.dtype.name} {array.shape}",
+                f"array {name!r} is {array.dtype} {array.shape}",
                 "send uint8 or float32, 1 to 4 dimensions, none of them empty",
             )
-        infos.append(ArrayInfo(name, array.dtype.name, array.shape))  # type: ignore[arg-type]
-        parts.append(np.ascontiguousarray(array, dtype=dtype).data.cast("B"))
+        infos.append(ArrayInfo(name, kind, array.shape))
+        parts.append(np.ascontiguousarray(array, dtype=_DTYPES[kind]).data.cast("B"))
     try:
         encoded = _ENCODER.encode(msgspec.structs.replace(header, arrays=tuple(infos)))
     except (UnicodeEncodeError, OverflowError) as error:

@@ -72,6 +72,7 @@ class Schedule:
 
     Attributes:
         max_batch: how many the engine answers at once.
+        usual_s: how long one answer (or one batch) takes: the median of the last ones, 0 without any.
     """
 
     def __init__(self, max_batch: int = 1, batch_wait_s: float = 0.002) -> None:
@@ -82,6 +83,7 @@ class Schedule:
             batch_wait_s: longest time that a request waits for others to be answered with it.
         """
         self.max_batch = max_batch
+        self.usual_s = 0.0
         self._batch_wait_s = batch_wait_s
         self._waiting: dict[Hashable, Job] = {}  # in the order of turns
         self._asked_s: dict[Hashable, float] = {}
@@ -91,11 +93,6 @@ class Schedule:
     def __len__(self) -> int:
         """How many wait."""
         return len(self._waiting)
-
-    @property
-    def usual_s(self) -> float:
-        """How long one answer (or one batch) takes: the median of the last ones; 0 if there are none."""
-        return median(took for _, took in self._took_s) if self._took_s else 0.0
 
     @property
     def busy_since_s(self) -> float | None:
@@ -132,11 +129,14 @@ class Schedule:
         return [(job, self._too_late()) for job in late]
 
     def take(self, now_s: float) -> list[Job]:
-        """Return whose turn it is, at most ``max_batch`` of one policy; none if it is worth waiting.
+        """Return whose turn it is, at most ``max_batch`` of one policy.
 
-        Call :meth:`expired` first, and :meth:`ended` when they are answered.
+        None while others are being answered, or if it is worth waiting for more. Call :meth:`ended` when
+        they are answered.
         """
-        if not self._waiting or (self.max_batch > 1 and self._worth_waiting(now_s)):
+        if not self._waiting or self._busy_since_s is not None:
+            return []
+        if self.max_batch > 1 and self._worth_waiting(now_s):
             return []
         policy = next(iter(self._waiting.values())).policy
         jobs = [job for job in self._waiting.values() if job.policy is policy]
@@ -150,15 +150,16 @@ class Schedule:
         """Take note that what :meth:`take` returned is answered."""
         if self._busy_since_s is not None:
             self._took_s.append((now_s, now_s - self._busy_since_s))
+            self._learn()
         self._busy_since_s = None
 
-    def patience_s(self, now_s: float) -> float | None:
-        """Return when to look again at the latest, s from now; None if nothing waits."""
-        if not self._waiting:
-            return None
-        first = next(iter(self._waiting.values()))
-        deadlines = [_deadline(job) - self.usual_s for job in self._waiting.values()]
-        return max(0.0, min(first.turn_s + self._batch_wait_s, *deadlines) - now_s)
+    def patience_s(self, now_s: float) -> float:
+        """Return after how long to ask again for what is due or has expired; infinity if no time is set."""
+        latest_s = min((_deadline(job) for job in self._waiting.values()), default=float("inf"))
+        look_s = latest_s - self.usual_s
+        if self._waiting and self._busy_since_s is None:
+            look_s = min(look_s, next(iter(self._waiting.values())).turn_s + self._batch_wait_s)
+        return max(0.0, look_s - now_s)
 
     def hand_over(self, before: Any, after: Any) -> None:
         """Let the policy ``after`` answer what waits for ``before``."""
@@ -174,6 +175,10 @@ class Schedule:
     def _forget_old(self, now_s: float) -> None:
         while self._took_s and now_s - self._took_s[0][0] > _REMEMBERED_S:
             self._took_s.popleft()
+            self._learn()
+
+    def _learn(self) -> None:
+        self.usual_s = median(took for _, took in self._took_s) if self._took_s else 0.0
 
     def _worth_waiting(self, now_s: float) -> bool:
         first = next(iter(self._waiting.values()))

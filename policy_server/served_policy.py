@@ -112,15 +112,17 @@ class ServedPolicy:
         if len(good) > 1:
             stacked = {name: np.concatenate([each[name] for each in good]) for name in good[0]}
         prepared = time.perf_counter()
-        logits = iter(np.split(self.session.run(stacked), len(good)))
+        logits = self.session.run(stacked)
         inferred = time.perf_counter()
         answers: list[tuple[ActionChunk, Split] | SimplevlaError] = []
+        rows = iter(range(len(good)))
         for observation, each in zip(observations, inputs, strict=True):
             begun = time.perf_counter()
             try:
                 if isinstance(each, SimplevlaError):
                     raise each
-                chunk = self._chunk(next(logits), observation)
+                row = next(rows)
+                chunk = self._chunk(logits[row : row + 1], observation)
             except SimplevlaError as error:
                 answers.append(error)
             else:

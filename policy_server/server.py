@@ -1,8 +1,9 @@
 """The policy server: one thread at the door, one that computes, one answer for each request.
 
-The thread at the door takes messages in, checks them, and refuses what can be refused at once, also while
-the other one computes. Who is next is :mod:`policy_server.schedule`'s to say. It listens on this machine
-only, unless there are keys or it was told otherwise.
+The thread at the door takes messages in, checks them, and refuses what can be refused at once. When it is
+a request's turn, the thread that took it in leaves the door to the other one and computes the answer
+itself: handing it over would cost another wake-up. Who is next is :mod:`policy_server.schedule`'s to say.
+It listens on this machine only, unless there are keys or it was told otherwise.
 """
 
 from __future__ import annotations
@@ -123,12 +124,13 @@ class PolicyServer:
             keys=options.keys,
         )
         self._resources = ExitStack()
-        # Guards the schedule, the policy and the counts, which both threads change; says what is new.
-        self._news = threading.Condition()
+        # Held by the thread that waits for messages.
+        self._at_door = threading.Lock()
+        # Guards the schedule, the policy and the counts, which both threads change.
+        self._lock = threading.Lock()
         self._schedule = Schedule(policy.max_batch, options.batch_wait_s)
         self._stop = threading.Event()
         self._draining = False
-        self._ended = False
         # Clients that said Hello; the oldest is forgotten and simply says it again.
         self._welcomed: OrderedDict[Peer, None] = OrderedDict()
         self._answered = 0
@@ -182,17 +184,14 @@ class PolicyServer:
 
     def serve(self) -> None:
         """Answer requests until :meth:`stop`, then those that are already here."""
-        worker = threading.Thread(target=self._compute, name="inference")
-        worker.start()
+        other = threading.Thread(target=self._work, name="policy-server")
+        other.start()
         try:
-            while not self._stop.is_set():
-                self._look(self._patience_s())
-            self._drain()
+            self._work()
+            self._drain(other)
         finally:
-            with self._news:
-                self._ended = True
-                self._news.notify_all()
-            worker.join()
+            self._stop.set()
+            other.join()
 
     def swap(self, policy: ServedPolicy) -> None:
         """Let ``policy`` answer from now on; what waits already is answered by the one before.
@@ -250,6 +249,7 @@ class PolicyServer:
 
         received_s = time.perf_counter()
         self._admit(client, observation, time.monotonic() + timeout_s, refuse, answer)
+        self._door.wake()
         if not done.wait(timeout_s):
             raise UnavailableError("the policy did not answer in time", "ask again")
         if isinstance(outcome[0], SimplevlaError):
@@ -258,7 +258,7 @@ class PolicyServer:
 
     def status(self, request: int = 0) -> protocol.Status:
         """Return how it is; safe from any thread."""
-        with self._news:
+        with self._lock:
             return protocol.Status(
                 request=request,
                 policy_id=self._policy.policy_id,
@@ -281,6 +281,39 @@ class PolicyServer:
         shown = ("policy_id", "backend", "uptime_s", "answered", "refused", "state", "waiting", "swaps")
         return well, {name: getattr(status, name) for name in shown} | {"busy_s": round(busy_s, 3)}
 
+    # --- both threads ---
+
+    def _work(self) -> None:
+        while not self._stop.is_set():
+            with self._at_door:
+                jobs = self._wait_for_turn()
+            while jobs:
+                self._answer(jobs)
+                jobs = self._next()
+
+    def _wait_for_turn(self) -> list[Job]:
+        """Mind the door until there is something to compute; return it, or nothing if it is time to end."""
+        while not self._stop.is_set():
+            with self._lock:
+                now_s = time.monotonic()
+                jobs = self._schedule.take(now_s)
+                patience_s = 0.0 if jobs else self._schedule.patience_s(now_s)
+            if jobs:
+                return jobs
+            self._look(min(_POLL_S, patience_s))
+        return []
+
+    def _next(self) -> list[Job]:
+        """Take note that an answer was given; return whose turn it is at once."""
+        with self._lock:
+            now_s = time.monotonic()
+            self._schedule.ended(now_s)
+            jobs = self._schedule.take(now_s)
+            is_waited_for = not jobs and len(self._schedule) > 0
+        if is_waited_for:
+            self._door.wake()  # who minds it shall look at the clock
+        return jobs
+
     # --- the thread at the door ---
 
     def _look(self, timeout_s: float) -> int:
@@ -290,29 +323,29 @@ class PolicyServer:
             self._take(message)
         for peer in self._door.gone():
             self._welcomed.pop(peer, None)  # type: ignore[call-overload]
-            with self._news:
+            with self._lock:
                 self._schedule.forget(peer)
-        with self._news:
+        with self._lock:
             late = self._schedule.expired(time.monotonic())
         _refuse(late)
         return len(received)
 
-    def _patience_s(self) -> float:
-        with self._news:
-            patience_s = self._schedule.patience_s(time.monotonic())
-        return _POLL_S if patience_s is None else min(_POLL_S, max(0.001, patience_s))
-
-    def _drain(self) -> None:
+    def _drain(self, other: threading.Thread) -> None:
         """Answer what has arrived, refuse what still comes, and leave when all is done or time is up."""
         while self._look(0.0):
             pass
-        with self._news:
+        with self._lock:
             self._draining = True
         deadline_s = time.monotonic() + _DRAIN_S
         while time.monotonic() < deadline_s:
-            with self._news:
-                if not len(self._schedule) and self._schedule.busy_since_s is None:
-                    return
+            with self._lock:
+                jobs = self._schedule.take(time.monotonic())
+                done = not jobs and not len(self._schedule) and self._schedule.busy_since_s is None
+            if done and not other.is_alive():
+                return
+            while jobs:
+                self._answer(jobs)
+                jobs = self._next()
             self._look(0.01)
         _log.warning("not everything was answered within %.0f s", _DRAIN_S)
 
@@ -393,40 +426,30 @@ class PolicyServer:
         answer: Callable[[ActionChunk, _Turn], None],
     ) -> None:
         now_s = time.monotonic()
-        with self._news:
+        with self._lock:
             if self._draining:
                 raise DrainingError("the server ends", "connect to another one, or wait for its return")
             job = Job(client, observation, self._policy, deadline_s, now_s, refuse, answer)
             refusals = self._schedule.admit(job, now_s)
-            self._news.notify()
         _refuse(refusals)
 
     # --- the thread that computes ---
 
-    def _compute(self) -> None:
-        while True:
-            with self._news:
-                while not (jobs := self._schedule.take(time.monotonic())):
-                    if self._ended:
-                        return
-                    self._news.wait(self._schedule.patience_s(time.monotonic()))
-                waiting = len(self._schedule)
-            turn_s = time.monotonic()
-            if self._metrics:
-                self._metrics.batch(len(jobs), waiting)
-            answers = self._answers(jobs)
-            ready_s = time.perf_counter()
-            for job, answer in zip(jobs, answers, strict=True):
-                try:
-                    if isinstance(answer, SimplevlaError):
-                        job.refuse(answer)
-                    else:
-                        chunk, split = answer
-                        job.answer(chunk, _Turn(1e3 * (turn_s - job.arrived_s), split, ready_s))
-                except Exception:
-                    _log.exception("an answer could not be sent")
-            with self._news:
-                self._schedule.ended(time.monotonic())
+    def _answer(self, jobs: list[Job]) -> None:
+        turn_s = time.monotonic()
+        answers = self._answers(jobs)
+        ready_s = time.perf_counter()
+        for job, answer in zip(jobs, answers, strict=True):
+            try:
+                if isinstance(answer, SimplevlaError):
+                    job.refuse(answer)
+                else:
+                    chunk, split = answer
+                    job.answer(chunk, _Turn(1e3 * (turn_s - job.arrived_s), split, ready_s))
+            except Exception:
+                _log.exception("an answer could not be sent")
+        if self._metrics:
+            self._metrics.batch(len(jobs), len(self._schedule))
 
     def _answers(self, jobs: list[Job]) -> list[Answer]:
         policy: ServedPolicy = jobs[0].policy
@@ -443,14 +466,14 @@ class PolicyServer:
         _log.error("policy %s fails; the one before answers again", policy.policy_id[:12])
         self._probation = None
         self._install(probation.before)
-        with self._news:
+        with self._lock:
             self._schedule.hand_over(policy, probation.before)
         if self._metrics:
             self._metrics.swap("rolled_back")
         return _computed(probation.before, jobs)
 
     def _install(self, policy: ServedPolicy) -> None:
-        with self._news:
+        with self._lock:
             self._policy = policy
             self._schedule.max_batch = policy.max_batch
         if self._metrics:
@@ -478,7 +501,7 @@ class PolicyServer:
         peer.send(protocol.encode_error(request, error))
 
     def _count_refusal(self, error: SimplevlaError) -> None:
-        with self._news:
+        with self._lock:
             self._refused += 1
         if self._metrics:
             self._metrics.refused(error.code)
