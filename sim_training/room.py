@@ -5,6 +5,7 @@ Table, wall and lights are RoboTwin's. Colours are sRGB outside this file and li
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from scipy.spatial.transform import Rotation
 from sim_training.assets import Asset, Mesh, Visual, box
 from sim_training.randomisation import CameraShift, Surface, Variation
 from simplevla.embodiment import Camera, Vec3
-from simplevla.errors import UnavailableError
+from simplevla.errors import EmbodimentError, UnavailableError
 
 _TABLE_FRICTION = 0.5
 _TABLE_SIZE_M = (1.2, 0.7, 0.05)
@@ -89,7 +90,7 @@ def add_lights(scene: Any, variation: Variation, cameras: tuple[Camera, ...]) ->
 
 def add_camera(scene: Any, camera: Camera, shift: CameraShift) -> Any:
     """Add a camera of the embodiment, off its nominal pose by ``shift``, and return its component."""
-    component = sapien.render.RenderCameraComponent(camera.width, camera.height, _shader("minimal"))
+    component = sapien.render.RenderCameraComponent(camera.width, camera.height, shader("minimal"))
     component.set_perspective_parameters(_NEAR_M, _FAR_M, camera.fx, camera.fy, camera.cx, camera.cy, 0.0)
     offset = np.eye(4)
     offset[:3, :3] = Rotation.from_euler("xyz", shift.rpy_rad).as_matrix()
@@ -103,7 +104,7 @@ def view(
     scene: Any, position_m: ArrayLike, look_at_m: ArrayLike, *, width: int, height: int, fov_deg: float
 ) -> NDArray[np.uint8]:
     """Return one picture from anywhere, with a nicer shader than the robot's cameras have."""
-    component = sapien.render.RenderCameraComponent(width, height, _shader("default"))
+    component = sapien.render.RenderCameraComponent(width, height, shader("default"))
     component.set_fovy(np.deg2rad(fov_deg), True)
     component.near, component.far = _NEAR_M, _FAR_M
     entity = add_entity(scene, "view", look_at(position_m, look_at_m), component)
@@ -129,6 +130,14 @@ def look_of(asset: Asset) -> Any:
     return look
 
 
+def look_of_shapes(shapes: Sequence[Any]) -> Any:
+    """Return a render component of render shapes; where they are in it cannot be changed any more."""
+    look = sapien.render.RenderBodyComponent()
+    for shape in shapes:
+        look.attach(shape)
+    return look
+
+
 def add_entity(scene: Any, name: str, pose: Any, *components: Any) -> Any:
     """Add a thing made of ``components`` to the scene and return it."""
     entity = sapien.Entity()
@@ -138,6 +147,25 @@ def add_entity(scene: Any, name: str, pose: Any, *components: Any) -> Any:
     entity.pose = pose
     scene.add_entity(entity)
     return entity
+
+
+def attach(scene: Any, shapes: Sequence[Any], pose: NDArray[np.float64], to: str | None) -> None:
+    """Show ``shapes`` at ``pose`` (4, 4), m, on the entity named ``to``, or at rest in the world.
+
+    Raises:
+        EmbodimentError: there is no such entity.
+    """
+    for shape in shapes:
+        shape.local_pose = sapien.Pose(pose) * shape.local_pose
+    look = look_of_shapes(shapes)
+    if to is None:
+        add_entity(scene, "look", sapien.Pose(), look)
+        return
+    for entity in scene.entities:
+        if entity.name == to:
+            entity.add_component(look)
+            return
+    raise EmbodimentError(f"there is no {to} in the scene", "name an arm and a link of its URDF")
 
 
 def look_at(position_m: ArrayLike, look_at_m: ArrayLike) -> Any:
@@ -205,5 +233,6 @@ def _paint(surface: Surface) -> Any:
     return material
 
 
-def _shader(name: str) -> str:
+def shader(name: str) -> str:
+    """Return the folder of one of SAPIEN's shaders."""
     return str(Path(sapien.__file__).parent / "vulkan_shader" / name)

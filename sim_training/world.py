@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -319,6 +320,19 @@ class World:
         """Put the optical frame of a camera of the embodiment at ``pose`` (4, 4) in the world, m."""
         self.embodiment.camera(camera)
         self._cameras[camera].entity.pose = room.of_optical_frame(np.asarray(pose, dtype=np.float64))
+
+    def attach(self, shapes: Sequence[Any], pose: ArrayLike, link: tuple[str, str] | None = None) -> None:
+        """Show render shapes in the present scene, until the next reset.
+
+        Args:
+            shapes: SAPIEN's; nothing touches them.
+            pose: (4, 4) where they are, in the frame of the link, else of the world; m.
+            link: (arm, link) on which they ride.
+
+        Raises:
+            EmbodimentError: there is no such link.
+        """
+        room.attach(self._scene, shapes, np.asarray(pose, dtype=np.float64), link and "/".join(link))
 
     def view(
         self, position_m: ArrayLike, look_at_m: ArrayLike, *, width: int, height: int, fov_deg: float
