@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from sim_training.progress import episodes as counting
 from sim_training.seeds import FIRST_EVALUATION_SEED
 from simplevla.cli import Command, require_choice, whole_number
 
@@ -17,13 +15,15 @@ _RANDOMISATIONS = "textures, lights, camera, table_height, clutter, physics, all
 
 def _configure_train(parser: argparse.ArgumentParser) -> None:
     parser.epilog = """\
-The configuration says everything: task, embodiment, demonstrations, network, training. Any of its
-keys can be overridden on the command line. A run ends with a policy bundle, whole or not at all; one
-that was interrupted goes on where it stopped when it gets the same --out.
+The configuration says everything: task, robot, demonstrations, network, fine-tuning, reinforcement
+learning, evaluation. Any of its keys can be overridden on the command line. A run ends with a policy
+bundle and a report, whole or not at all; one that was interrupted or killed goes on where it stopped
+when it gets the same --out.
 
 examples:
   simplevla train --config config/training/move_can_pot.yaml --out runs/move_can_pot
-  simplevla train --config config/training/move_can_pot.yaml fine_tuning.steps=200 --out runs/short
+  simplevla train --config config/training/move_can_pot.yaml --plan
+  simplevla train --config config/training/move_can_pot.yaml grpo.iterations=20 seed=1 --out runs/short
 """
     parser.add_argument("--config", type=Path, required=True, help="training configuration, a YAML file")
     parser.add_argument(
@@ -31,18 +31,51 @@ examples:
         help="folder for what the run leaves (default: runs/train-<time>)",
     )  # fmt: skip
     parser.add_argument(
+        "--plan", action="store_true",
+        help="list the stages of the run and what is there of them in --out, and do nothing",
+    )  # fmt: skip
+    parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="override a key of the configuration; dots go down",
+        help="override a key of the configuration; dots go down, null leaves a part out",
     )
 
 
 def _run_train(args: argparse.Namespace) -> int:
-    from sim_training.training import run
+    from sim_training.training import run, show_plan
 
+    if args.plan:
+        return show_plan(args.config, args.overrides, args.out)
     out = args.out or Path("runs") / time.strftime("train-%Y%m%d-%H%M%S")
-    return int(run(args.config, args.overrides, out))
+    return run(args.config, args.overrides, out)
+
+
+def _configure_train_report(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = """\
+Makes training_report.html anew from what a run left: nothing is trained, evaluated or filmed. It works
+while a run is under way, on a finished one, and on what results/ keeps of one.
+
+examples:
+  simplevla train-report runs/move_can_pot
+  simplevla train-report runs/move_can_pot --keep results/move_can_pot
+  simplevla train-report results/move_can_pot
+"""
+    parser.add_argument("run", type=Path, help="folder of a training run, or what was kept of it")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FOLDER",
+        help="also copy configuration, curves, evaluations, videos and report to this new folder",
+    )  # fmt: skip
+
+
+def _run_train_report(args: argparse.Namespace) -> int:
+    from sim_training.report import make_report
+    from sim_training.results import keep
+
+    print(f"report  {make_report(args.run)}")
+    if args.keep:
+        print(f"kept    {keep(args.run, args.keep)}")
+    return 0
 
 
 def _configure_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +119,7 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     randomisation = Randomisation.of([name.strip() for name in args.randomise.split(",")])
     source = BundleSource(args.bundle)
     require_choice("task of this bundle", args.task, source().tasks)
-    with _progress(args.episodes) as progress:
+    with counting(args.episodes, "evaluating") as progress:
         report = evaluate(
             source,
             args.task,
@@ -112,31 +145,8 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function of (done, successes): a live bar on a terminal, some lines elsewhere."""
-    if not sys.stderr.isatty():
-        every = max(1, total // 10)
-
-        def line(done: int, successes: int) -> None:
-            if done % every == 0 or done == total:
-                print(f"{done} of {total} episodes, {successes} successes", file=sys.stderr, flush=True)
-
-        yield line
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("evaluating", total=total)
-
-        def update(done: int, successes: int) -> None:
-            bar.update(task, completed=done, description=f"{successes} of {done} succeeded")
-
-        yield update
-
-
 TRAIN = Command("train a policy and write its bundle", _configure_train, _run_train)
+TRAIN_REPORT = Command("make the report of a training run anew", _configure_train_report, _run_train_report)
 EVALUATE = Command(
     "try a policy bundle in simulation and count its successes", _configure_evaluate, _run_evaluate
 )

@@ -263,26 +263,30 @@ class _Job:
 
 
 class Bench:
-    """One world and one policy that try episodes one after another; a context manager."""
+    """One world and one policy that try episodes one after another; a context manager.
+
+    Attributes:
+        world: in which it happens.
+    """
 
     def __init__(self, policy: Policy, task: str, randomisation: Randomisation) -> None:
         from sim_training.world import World
 
         self._policy = policy
         self._task: Task = load_task(task)
-        self._world = World(policy.embodiment, self._task, randomisation=randomisation)
+        self.world = World(policy.embodiment, self._task, randomisation=randomisation)
 
     def __enter__(self) -> Bench:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._world.close()
+        self.world.close()
 
     def run(self, seed: int, after_action: Callable[[World], None] | None = None) -> EpisodeResult:
         """Return how the episode ``seed`` went; it ends with success, the limit, or a lost object."""
         from sim_training.episode import observe, play
 
-        world, policy = self._world, self._policy
+        world, policy = self.world, self._policy
         world.reset(seed)
         done, success = 0, False
         while done < self._task.step_limit and not success and world.failure() is not FailureCode.DROPPED:

@@ -18,6 +18,7 @@ from msgspec import Meta
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sim_training.pictures import Pictures
 from sim_training.samples import Samples
 from sim_training.sft import SftSettings, augment, schedule
 from simplevla.config import Config
@@ -51,7 +52,7 @@ class PlaceErrors:
 
 def pretrain(
     network: VLANetwork,
-    samples: Samples,
+    samples: Samples | Pictures,
     train: NDArray[np.int64],
     test: NDArray[np.int64],
     settings: PretrainingSettings,
@@ -107,7 +108,11 @@ def pretrain(
 
 @torch.no_grad()
 def place_errors(
-    network: VLANetwork, head: nn.Linear, samples: Samples, test: NDArray[np.int64], centre: Tensor
+    network: VLANetwork,
+    head: nn.Linear,
+    samples: Samples | Pictures,
+    test: NDArray[np.int64],
+    centre: Tensor,
 ) -> PlaceErrors:
     """Return the horizontal errors of the ``test`` samples."""
     found = torch.cat(

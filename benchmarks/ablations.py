@@ -1,0 +1,169 @@
+r"""What each part of the recipe is worth: reinforcement learning with one part at a time taken away.
+
+Every run starts from the same fine-tuned policy, samples the same number of episodes in each of the
+same number of iterations, and is evaluated on the same initial states that no training used. Runs are
+made one after another, each resumable: call it again with the same arguments after an interruption.
+
+    python -m benchmarks.ablations --config config/training/move_can_pot.yaml \
+        --start runs/move_can_pot/policy-0/bundle --out runs/ablations --iterations 30
+    python -m benchmarks.ablations --out runs/ablations --keep results/ablations    # only the table
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sim_training.figures import curves_of_runs
+from sim_training.results import compare, keep, markdown_table
+from sim_training.run_record import read_run
+from sim_training.training_config import TrainingConfig, load_config
+from simplevla.cli import whole_number
+from simplevla.errors import ConfigError, SimplevlaError
+from simplevla.files import whole_directory, write_atomic
+
+FULL = "full-recipe"
+_SEED = "seed-"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make the runs that are missing, and the table; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ablations",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of all runs, the table and the curves"
+    )
+    parser.add_argument(
+        "--config", type=Path, help="training configuration with a part grpo; without, no runs"
+    )
+    parser.add_argument("--start", type=Path, help="bundle that every run starts from")
+    parser.add_argument(
+        "--iterations", type=whole_number(1, 100_000), help="of each run (default: as configured)"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--keep", type=Path, help="copy what is small of every run to this new folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of every run")
+    args = parser.parse_args(argv)
+    try:
+        if args.config:
+            if args.start is None:
+                raise ConfigError("nothing to start from", "give --start, a bundle")
+            common = _common(args.start, args.iterations, args.overrides)
+            _make_runs(args.config, common, args.seeds, args.out)
+        print(_compare(args.out))
+        if args.keep:
+            _keep(args.out, args.keep)
+    except SimplevlaError as error:
+        print(f"benchmarks.ablations: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def variants(config: TrainingConfig) -> dict[str, list[str]]:
+    """Return {name: overrides} of the full recipe and of each ablation that changes it.
+
+    Raises:
+        ConfigError: the configuration has no reinforcement learning.
+    """
+    if config.grpo is None:
+        raise ConfigError("this configuration has no reinforcement learning", "add the part grpo")
+    sampling, update = config.grpo.sampling, config.grpo.update
+    found: dict[str, list[str]] = {FULL: []}
+    if sampling.dynamic:
+        found["dynamic-sampling-off"] = ["grpo.sampling.dynamic=false"]
+    if update.clip_high > update.clip_low:
+        found["clip-higher-off"] = [f"grpo.update.clip_high={update.clip_low}"]
+    other = 1.0 if sampling.temperature != 1.0 else 1.6
+    found[f"temperature-{other}"] = [f"grpo.sampling.temperature={other}"]
+    return found
+
+
+def _common(start: Path, iterations: int | None, overrides: Sequence[str]) -> list[str]:
+    """Return what all runs have in common: one start, one budget, no pictures."""
+    common = [
+        f"start_from={start}", "demonstrations=null", "pretraining=null", "fine_tuning=null",
+        "corrections={}", "evaluation.videos=0", "grpo.sampling.rounds=1",
+    ]  # fmt: skip
+    if iterations:
+        common.append(f"grpo.iterations={iterations}")
+    return [*common, *overrides]
+
+
+def _make_runs(path: Path, common: Sequence[str], seeds: Sequence[int], out: Path) -> None:
+    """Make every run that is not there, all variants of one seed before the next seed."""
+    listed = variants(load_config(path, common))
+    for seed in seeds:
+        for name, changes in listed.items():
+            folder = out / name / f"{_SEED}{seed}"
+            first = name == FULL and seed == seeds[0]
+            overrides = [
+                *common, *changes, f"seed={seed}", f"grpo.seed={seed}",
+                f"evaluation.before={'true' if first else 'false'}",
+            ]  # fmt: skip
+            print(f"{name}, seed {seed}: {folder}", flush=True)
+            log = out / f"{folder.parent.name}-{folder.name}.log"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            command = [
+                sys.executable,
+                "-m",
+                "simplevla",
+                "train",
+                "--config",
+                str(path),
+                "--out",
+                str(folder),
+            ]
+            with log.open("ab") as stream:
+                status = subprocess.run(
+                    [*command, *overrides], stdout=stream, stderr=subprocess.STDOUT, check=False
+                ).returncode
+            if status:
+                print(f"  failed with status {status}; {log} says why", file=sys.stderr, flush=True)
+
+
+def _runs(out: Path) -> dict[str, list[Path]]:
+    """Return {variant: folders of its runs}, the full recipe first.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found: dict[str, list[Path]] = {}
+    for config in sorted(out.glob(f"*/{_SEED}*/config.json")):
+        found.setdefault(config.parent.parent.name, []).append(config.parent)
+    if not found:
+        raise ConfigError(f"{out} holds no runs", "give --config and --start")
+    return dict(sorted(found.items(), key=lambda item: item[0] != FULL))
+
+
+def _compare(out: Path) -> str:
+    """Write table and curves to ``out`` and return the table."""
+    runs = _runs(out)
+    table = markdown_table(compare(runs))
+    write_atomic(out / "table.md", table.encode())
+    buffer = io.BytesIO()
+    histories = {name: [read_run(run).history for run in folders] for name, folders in runs.items()}
+    curves_of_runs(histories).savefig(buffer, format="png", dpi=110)
+    write_atomic(out / "curves.png", buffer.getvalue())
+    return table
+
+
+def _keep(out: Path, folder: Path) -> None:
+    if folder.exists():
+        raise ConfigError(f"{folder} exists", "choose another folder, or remove it")
+    with whole_directory(folder) as scratch:
+        for runs in _runs(out).values():
+            for run in runs:
+                keep(run, scratch / run.relative_to(out), pictures=False)
+        for name in ("table.md", "curves.png"):
+            (scratch / name).write_bytes((out / name).read_bytes())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
