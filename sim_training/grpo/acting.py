@@ -17,6 +17,8 @@ from simplevla.policy.processor import PromptEncoder
 
 Key = tuple[int, ...]
 
+_MIDDLE = 127  # what a dimension that does not vary decodes to, whatever its bin
+
 
 class ActingNetwork:
     """Answers looks: samples bins at a temperature, or takes the likeliest.
@@ -36,6 +38,7 @@ class ActingNetwork:
         """
         self.network = load_network(bundle).requires_grad_(False).to(device)
         self._device = device
+        self._slots = varied_slots(bundle).to(device)
         self._keep_tokens = keep_tokens
         self.input_ids, self.attention_mask = encode_prompts(bundle, instructions)
 
@@ -48,6 +51,9 @@ class ActingNetwork:
             temperature: 0 for the likeliest bins.
         """
         network = self.network
+        if not len(looks):
+            shape = (0, network.network.chunk_length, network.network.dimension)
+            return Answer(np.empty(shape, np.uint8))
         tokens = network.visual_tokens(torch.from_numpy(looks.images).to(self._device).float() / 255)
         prompts = torch.from_numpy(looks.prompts)
         logits = network.decode(
@@ -56,14 +62,17 @@ class ActingNetwork:
             self.attention_mask[prompts].to(self._device),
             torch.from_numpy(looks.proprio).to(self._device),
         )
+        logits = logits[:, self._slots]
         if temperature > 0:
-            drawn = torch.from_numpy(uniform(looks, key, network.network.slots)).to(self._device)
-            bins = sample(logits, temperature, drawn)
+            drawn = torch.from_numpy(uniform(looks, key, len(self._slots))).to(self._device)
+            chosen = sample(logits, temperature, drawn)
         else:
-            bins = logits.argmax(dim=-1)
-        shape = (len(looks), network.network.chunk_length, network.network.dimension)
+            chosen = logits.argmax(dim=-1)
+        sizes = network.network
+        bins = torch.full((len(looks), sizes.slots), _MIDDLE, dtype=torch.uint8, device=self._device)
+        bins[:, self._slots] = chosen.to(torch.uint8)
         return Answer(
-            bins.reshape(shape).to(torch.uint8).cpu().numpy(),
+            bins.reshape(len(looks), sizes.chunk_length, sizes.dimension).cpu().numpy(),
             tokens.float().cpu().numpy() if self._keep_tokens else None,
         )
 
@@ -77,26 +86,32 @@ class ActingNetwork:
 
 def sample(logits: Tensor, temperature: float, drawn: Tensor) -> Tensor:
     """Return (..., S) bins from logits (..., S, 256) and uniform numbers (..., S) in [0, 1)."""
-    reached = (logits / temperature).softmax(dim=-1).double().cumsum(dim=-1)
+    reached = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)
     # The last sum is 1 but for rounding.
-    return torch.searchsorted(reached, drawn.double().unsqueeze(-1), right=True).squeeze(-1).clamp(max=255)
+    return torch.searchsorted(reached, drawn.unsqueeze(-1), right=True).squeeze(-1).clamp(max=255)
 
 
-def uniform(looks: Looks, key: Key, slots: int) -> NDArray[np.float64]:
+def uniform(looks: Looks, key: Key, slots: int) -> NDArray[np.float32]:
     """Return (n, slots) uniform numbers, each row a function of the key, the episode and the turn."""
-    rows = np.empty((len(looks), slots))
+    rows = np.empty((len(looks), slots), np.float32)
     for row, (seed, member), turn in zip(rows, looks.episodes, looks.turns, strict=True):
         entropy = np.random.SeedSequence([*key, int(seed), int(member), int(turn)])
-        np.random.Generator(np.random.Philox(entropy)).random(out=row)
+        np.random.Generator(np.random.Philox(entropy)).random(out=row, dtype=np.float32)
     return rows
 
 
 def encode_prompts(bundle: Bundle, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Return (prompts, L) int64 ids and mask, as the bundle's network takes them."""
+    """Return (prompts, L) int64 ids and mask, as the bundle's network takes them, without idle columns."""
     length = int(bundle.manifest.network["sizes"]["prompt_tokens"])
     encoder = PromptEncoder(bundle.tokenizer_path.read_bytes(), length)
     encoded: list[tuple[NDArray[Any], NDArray[Any]]] = [encoder(text) for text in instructions]
-    return (
-        torch.from_numpy(np.stack([ids for ids, _ in encoded])),
-        torch.from_numpy(np.stack([mask for _, mask in encoded])),
-    )
+    ids, mask = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*encoded, strict=True))
+    # Columns that are padding in every prompt change nothing and need not be computed.
+    columns = mask.any(dim=0)
+    return ids[:, columns], mask[:, columns]
+
+
+def varied_slots(bundle: Bundle) -> Tensor:
+    """Return (S,) int64: which of the K * D action slots are of dimensions that vary."""
+    manifest = bundle.manifest
+    return torch.from_numpy(np.flatnonzero(np.tile(manifest.action_codec().varied, manifest.chunk_length)))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tensordict import TensorDict
 from torch import Tensor, nn
@@ -194,7 +194,7 @@ class VLAEngine(FSDPEngine):
                             else _like(stream.get_tensor(path), parameter)
                             for key, path in moments.items()
                         }
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ConfigError(
                 f"the checkpoint {folder} cannot be continued: {str(error).splitlines()[0]}",
                 "remove it, or train into another folder",

@@ -9,13 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
 import sim_training.grpo.platform  # noqa: F401 - before anything of verl that asks for a device
-from sim_training.grpo.acting import ActingNetwork, Key, encode_prompts
+from sim_training.grpo.acting import ActingNetwork, Key, encode_prompts, varied_slots
 from sim_training.grpo.algorithm import actor_config, policy_loss
 from sim_training.grpo.engine import MODEL_TYPE, VLAModelConfig, batch_log_probs, look
 from sim_training.grpo.experience import Answer, Looks
@@ -118,25 +117,19 @@ class VLAWorker(TrainingWorker):
         self.engine.load_full(Path(folder))
 
 
-def varied_slots(varied: np.ndarray[Any, np.dtype[np.bool_]], chunk_length: int) -> torch.Tensor:
-    """Return (S,) int64: which of K * D action slots are of dimensions that vary."""
-    return torch.from_numpy(np.flatnonzero(np.tile(varied, chunk_length)))
-
-
 def _worker_config(
     bundle: str, instructions: Sequence[str], settings: GrpoSettings
 ) -> TrainingWorkerConfig:
     update = settings.update
     loaded = load_bundle(Path(bundle))
     input_ids, attention_mask = encode_prompts(loaded, instructions)
-    manifest = loaded.manifest
     return TrainingWorkerConfig(
         model_type=MODEL_TYPE,
         model_config=VLAModelConfig(
             path=bundle,
             input_ids=input_ids,
             attention_mask=attention_mask,
-            slots=varied_slots(manifest.action_codec().varied, manifest.chunk_length),
+            slots=varied_slots(loaded),
             train_encoder=update.train_encoder,
             enable_gradient_checkpointing=update.gradient_checkpointing,
         ),

@@ -21,6 +21,7 @@ from simplevla.policy.processor import proprio_size
 from simplevla.policy.tokenizer import make_tokenizer
 
 CHUNK = 2
+INSTRUCTION = "move the can next to the pot"
 VARIED = np.array([True, True, False, False, False, False, False])
 
 
@@ -31,14 +32,21 @@ class Lamps:
     right third of the range, so that a policy that draws every bin alike succeeds about once in three.
     """
 
-    instructions = ("move the can next to the pot",)
+    instructions = (INSTRUCTION,)
 
-    def __init__(self) -> None:
+    def __init__(self, dies_in: int = 0) -> None:
+        """Make lamps whose process ends in the middle of call ``dies_in``, counted from 1."""
         self.seconds = {"simulation": 0.0}
         self.collected: list[Episode] = []
+        self.calls = 0
+        self.dies_in = dies_in
 
     def collect(self, episodes: Sequence[Episode], act: Act) -> list[Trajectory]:
-        self.collected += episodes
+        self.calls += 1
+        for number, episode in enumerate(episodes):
+            if self.calls == self.dies_in and number == len(episodes) // 2:
+                raise KeyboardInterrupt
+            self.collected.append(episode)
         return [self._play(episode, act) for episode in episodes]
 
     def _play(self, episode: Episode, act: Act) -> Trajectory:
@@ -79,8 +87,8 @@ class Lamps:
 
 
 @pytest.fixture
-def lamps() -> Lamps:
-    return Lamps()
+def lamps() -> type[Lamps]:
+    return Lamps
 
 
 @pytest.fixture(scope="session")
@@ -122,7 +130,7 @@ def make_bundle(path: Path) -> Bundle:
         embodiment=embodiment,
         network=msgspec.to_builtins(config),
         cameras=(embodiment.cameras[0].name,),
-        instructions={"move_can_pot": Lamps.instructions[0]},
+        instructions={"move_can_pot": INSTRUCTION},
         action_space="ee_delta",
         chunk_length=CHUNK,
         dt_s=0.1,
