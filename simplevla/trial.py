@@ -26,10 +26,14 @@ class Outcome(str, Enum):
 
 
 class Strategy(str, Enum):
-    """How the object was moved, judged from contacts; pushcut is success by pushing."""
+    """How a task was done, judged from contacts; pushcut is success by pushing.
+
+    ``TOUCH`` is for tasks in which nothing is to be moved.
+    """
 
     GRASP = "grasp"
     PUSH = "push"
+    TOUCH = "touch"
     NONE = "none"
     UNKNOWN = "unknown"
 

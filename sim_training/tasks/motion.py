@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from simplevla.trial import Strategy
 
 if TYPE_CHECKING:
-    from sim_training.world import World
+    from sim_training.world import Touch
 
 _STEP_M = 0.001  # of travel, after which contacts are looked at again
 _PRESS_NS = 1e-5  # impulse of one physics step that counts as a touch, N s
@@ -18,6 +18,20 @@ _OPPOSED_COS = -0.5  # two fingers hold what they press from opposite sides, to 
 _LIFTED_M = 0.005
 _CARRIED_M = 0.03
 _MOVED_M = 0.01
+
+
+class Scene(Protocol):
+    """What a watch has to know of a world: see :class:`sim_training.world.World`."""
+
+    @property
+    def fingers(self) -> dict[str, tuple[str, str]]:
+        """The two fingers of each arm."""
+
+    def object_position(self, name: str) -> NDArray[np.float64]:
+        """Return where the foot of a thing is, (3,); world, m."""
+
+    def touches(self, name: str) -> list[Touch]:
+        """Return where robot links press on a thing."""
 
 
 class MotionWatch:
@@ -33,7 +47,7 @@ class MotionWatch:
     grasped. ``NONE``: neither. With ``success`` a ``PUSH`` is a pushcut.
     """
 
-    def __init__(self, world: World, name: str) -> None:
+    def __init__(self, world: Scene, name: str) -> None:
         self._world = world
         self._name = name
         self._start = self._last = world.object_position(name)

@@ -93,7 +93,7 @@ class MoveCanPot:
     name = "move_can_pot"
     instruction = "move the can next to the pot"
     step_limit = 200
-    splits = (Split.SPATIAL, Split.OBJECT, Split.GOAL)
+    splits: tuple[Split, ...] = (Split.SPATIAL, Split.OBJECT, Split.GOAL)
 
     def place(
         self, rng: np.random.Generator, embodiment: Embodiment, *, new_goal: bool = False

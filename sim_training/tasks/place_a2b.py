@@ -100,7 +100,7 @@ class PlaceA2BLeft:
     name = "place_a2b_left"
     instruction = "place the coloured object to the left of the black object"
     step_limit = 200
-    splits = (Split.SPATIAL, Split.OBJECT, Split.GOAL)
+    splits: tuple[Split, ...] = (Split.SPATIAL, Split.OBJECT, Split.GOAL)
     side = _LEFT
 
     def place(
