@@ -112,11 +112,9 @@ class RayActor:
                     for worker, part in zip(crew, parts, strict=False)
                 ]
             )
-        kept = [answer.kept for answer in answers]
-        return Answer(
-            np.concatenate([answer.bins for answer in answers]),
-            None if kept[0] is None else np.concatenate(kept),
-        )
+        kept = [answer.kept for answer in answers if answer.kept is not None]
+        bins = np.concatenate([answer.bins for answer in answers])
+        return Answer(bins, np.concatenate(kept) if kept else None)
 
     def log_probs(self, batch: DataProto, *, temperature: float) -> Tensor:
         """Return the batch's log-probabilities."""
