@@ -137,6 +137,14 @@ def three_cameras(height: int, width: int) -> Embodiment:
     return msgspec.structs.replace(dual, cameras=cameras)
 
 
+def small_robot() -> Embodiment:
+    """Return one Piper with one very small camera."""
+    single = load_embodiment("piper_single")
+    return msgspec.structs.replace(
+        single, cameras=(msgspec.structs.replace(single.cameras[0], name="head", width=16, height=16),)
+    )
+
+
 def instant_policy(embodiment: Embodiment) -> ServedPolicy:
     """Return a policy that looks at nothing and answers with where the robot is."""
     size = embodiment.dimension

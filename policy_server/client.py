@@ -71,6 +71,7 @@ class PolicyClient:
         self._follow = follow
         self._talk = Conversation(embodiment, address, jpeg_quality)
         self._link: Link | None = None
+        self._offer: LocalOffer | None = None
 
     def __enter__(self) -> PolicyClient:
         try:
@@ -93,6 +94,11 @@ class PolicyClient:
             UnavailableError: there was none yet.
         """
         return self._talk.info
+
+    @property
+    def offer(self) -> LocalOffer | None:
+        """The way through shared memory that the server offered at the last hello."""
+        return self._offer
 
     @property
     def transport(self) -> str:
@@ -178,14 +184,14 @@ class PolicyClient:
         if self._link is None:
             self._link = RemoteLink(self._address, self._keys)
         try:
-            offer = self._hello(give_up_s)
+            self._hello(give_up_s)
         except PolicyChangedError:
             self.close()  # the next call begins anew, and takes the quicker way
             raise
-        if offer is None or not self._local:
+        if self._offer is None or not self._local:
             return
         try:
-            link = LocalLink(offer, max(0.01, give_up_s - time.monotonic()))
+            link = LocalLink(self._offer, max(0.01, give_up_s - time.monotonic()))
         except UnavailableError as error:
             _log.info("images go over the network: %s", error.message)
             return
@@ -194,7 +200,7 @@ class PolicyClient:
         self._hello(give_up_s)
         _log.debug("images go through shared memory")
 
-    def _hello(self, give_up_s: float) -> LocalOffer | None:
+    def _hello(self, give_up_s: float) -> None:
         assert self._link is not None
         asked_s = time.monotonic()
         message = self._ask(self._link, self._talk.hello(), give_up_s)
@@ -203,7 +209,7 @@ class PolicyClient:
         except PolicyChangedError:
             if not self._follow:
                 raise
-        return self._talk.offer(message)
+        self._offer = self._talk.offer(message)
 
     def _ask(self, link: Link, said: tuple[int, list[Part]], give_up_s: float) -> protocol.Message:
         """Send one request and return its answer; answers to older requests are thrown away."""

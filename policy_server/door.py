@@ -262,7 +262,7 @@ class Door:
             got.append(Received(peer, [], start_s, error))
             return
         except OSError as error:
-            _log.warning("a local client was turned away: %s", error)
+            _log.info("a local client was turned away: %s", error)
             parts = None
         if parts is None:
             self._close_local(peer)

@@ -65,7 +65,7 @@ class ServedPolicy:
     @property
     def continues(self) -> bool:
         """Whether the network was trained to go on from committed actions."""
-        return bool(getattr(self.processor, "continues", False))
+        return self.processor.continues
 
     @property
     def max_batch(self) -> int:
@@ -104,7 +104,7 @@ class ServedPolicy:
             try:
                 inputs.append(self.processor.inputs(observation))
             except SimplevlaError as error:
-                inputs.append(error)
+                inputs.append(error.with_traceback(None))
         good = [each for each in inputs if not isinstance(each, SimplevlaError)]
         if not good:
             return [each for each in inputs if isinstance(each, SimplevlaError)]
@@ -124,7 +124,7 @@ class ServedPolicy:
                 row = next(rows)
                 chunk = self._chunk(logits[row : row + 1], observation)
             except SimplevlaError as error:
-                answers.append(error)
+                answers.append(error.with_traceback(None))
             else:
                 decode_s = time.perf_counter() - begun
                 answers.append((chunk, _split(start, prepared, inferred, inferred + decode_s)))

@@ -288,8 +288,8 @@ class PolicyServer:
             with self._at_door:
                 jobs = self._wait_for_turn()
             while jobs:
-                self._answer(jobs)
-                jobs = self._next()
+                self.answer(jobs)
+                jobs = self.due()
 
     def _wait_for_turn(self) -> list[Job]:
         """Mind the door until there is something to compute; return it, or nothing if it is time to end."""
@@ -303,8 +303,8 @@ class PolicyServer:
             self._look(min(_POLL_S, patience_s))
         return []
 
-    def _next(self) -> list[Job]:
-        """Take note that an answer was given; return whose turn it is at once."""
+    def due(self) -> list[Job]:
+        """Take note that what was due before is answered; return whose turn it is at once."""
         with self._lock:
             now_s = time.monotonic()
             self._schedule.ended(now_s)
@@ -320,7 +320,7 @@ class PolicyServer:
         """Take in what comes within ``timeout_s``; return how many messages that were."""
         received = self._door.receive(timeout_s)
         for message in received:
-            self._take(message)
+            self.take(message)
         for peer in self._door.gone():
             self._welcomed.pop(peer, None)  # type: ignore[call-overload]
             with self._lock:
@@ -344,13 +344,13 @@ class PolicyServer:
             if done and not other.is_alive():
                 return
             while jobs:
-                self._answer(jobs)
-                jobs = self._next()
+                self.answer(jobs)
+                jobs = self.due()
             self._look(0.01)
         _log.warning("not everything was answered within %.0f s", _DRAIN_S)
 
-    def _take(self, received: Received) -> None:
-        """Answer a message, or put it where it waits for its turn."""
+    def take(self, received: Received) -> None:
+        """Answer a message, or put it where it waits for its turn; nothing is raised, whatever it holds."""
         request = 0
         refusal: SimplevlaError
         try:
@@ -360,10 +360,11 @@ class PolicyServer:
             request = message.header.request
             self._handle(received, message)
             return
+        # An error that keeps its traceback keeps the message too, and the memory that it lies in.
         except MessageError as error:
-            request, refusal = error.request or request, error
+            request, refusal = error.request or request, error.with_traceback(None)
         except SimplevlaError as error:
-            refusal = error
+            refusal = error.with_traceback(None)
         except Exception:
             _log.exception("request failed")
             refusal = InternalError("the policy server failed to answer", "read the server's log")
@@ -393,14 +394,18 @@ class PolicyServer:
             name = header.__class__.__name__
             raise MessageError(f"{name} is no message to a server", request=header.request)
 
-    def _welcome(self, peer: Peer, hello: protocol.Hello) -> protocol.Welcome:
-        policy = self._policy
-        manifest = policy.manifest
-        require_same(hello.embodiment, manifest.embodiment, have_is="the client", want_is="the bundle")
+    def welcome(self, peer: Peer) -> None:
+        """Remember that ``peer`` said hello; who said it longest ago is forgotten, and says it again."""
         self._welcomed[peer] = None
         self._welcomed.move_to_end(peer)
         if len(self._welcomed) > _KNOWN_CLIENTS:
             self._welcomed.popitem(last=False)
+
+    def _welcome(self, peer: Peer, hello: protocol.Hello) -> protocol.Welcome:
+        policy = self._policy
+        manifest = policy.manifest
+        require_same(hello.embodiment, manifest.embodiment, have_is="the client", want_is="the bundle")
+        self.welcome(peer)
         cameras = [manifest.embodiment.camera(name) for name in manifest.cameras]
         return protocol.Welcome(
             request=hello.request,
@@ -435,7 +440,8 @@ class PolicyServer:
 
     # --- the thread that computes ---
 
-    def _answer(self, jobs: list[Job]) -> None:
+    def answer(self, jobs: list[Job]) -> None:
+        """Compute and send the answers to ``jobs``; call :meth:`due` after that, for the next."""
         turn_s = time.monotonic()
         answers = self._answers(jobs)
         ready_s = time.perf_counter()
