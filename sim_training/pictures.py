@@ -41,13 +41,13 @@ from simplevla.policy.network import Resample
 Array = NDArray[np.float64]
 
 _KEY = 300
-_AREA_M = ((-0.36, 0.36), (-0.12, 0.20))  # where on the table things are put, x and y in the world
-_AT_DRAWN_PLACE, _JITTER_M = 0.6, 0.02
-_LIFTED, _LIFT_M, _TILT_RAD = 0.3, 0.12, 0.15
+_STAYED, _JITTER_M = 0.6, 0.03  # a thing near the place where its episode began, or on the way to another
+_LIFTED, _LIFT_M, _TILT_RAD = 0.3, 0.09, 0.12
 _APART_M = 0.01
-_AT_THING, _BESIDE_M = 0.4, 0.04
-_REACH_M = ((-0.25, 0.25), (0.15, 0.52), (0.0, 0.25))  # of a tool, from its arm's base, z from the table
-_TURN_RAD = 0.1
+_AT_HOME, _AT_THING, _BESIDE_M = 0.35, 0.35, 0.04
+_OWN_SIDE_M = 0.3
+_REACH_M = ((-0.15, 0.15), (0.15, 0.50), (0.0, 0.25))  # of a tool, from its arm's base, z from the table
+_TURN_RAD = 0.08
 _TRIES = 20
 
 
@@ -165,7 +165,9 @@ class _Job:
     randomisation: Randomisation
     poses: int
 
-    def __call__(self) -> AbstractContextManager[Callable[[int], tuple[NDArray[np.uint8], NDArray[np.float32]]]]:
+    def __call__(
+        self,
+    ) -> AbstractContextManager[Callable[[int], tuple[NDArray[np.uint8], NDArray[np.float32]]]]:
         return _Photographer(self)
 
 
@@ -216,14 +218,13 @@ class _Photographer:
 def _scatter(world: World, rng: np.random.Generator) -> None:
     """Put things and arms anywhere."""
     places: list[Array] = []
-    for placement in world.placements:
-        drawn = np.array(placement.xy_m)
+    starts = [np.array(placement.xy_m) for placement in world.placements]
+    for placement, start in zip(world.placements, starts, strict=True):
+        radii = [placement.asset.radius_m + p.asset.radius_m for p in world.placements]
         for _ in range(_TRIES):
-            if rng.random() < _AT_DRAWN_PLACE:
-                xy = drawn + rng.normal(0, _JITTER_M, 2)
-            else:
-                xy = np.array([rng.uniform(*side) for side in _AREA_M])
-            radii = [placement.asset.radius_m + p.asset.radius_m for p in world.placements]
+            towards = starts[int(rng.integers(len(starts)))]
+            way = 0.0 if rng.random() < _STAYED else rng.uniform()
+            xy = start + way * (towards - start) + rng.normal(0, _JITTER_M, 2)
             if all(
                 np.linalg.norm(xy - place[:2]) > radius + _APART_M
                 for place, radius in zip(places, radii, strict=False)
@@ -243,13 +244,18 @@ def _scatter(world: World, rng: np.random.Generator) -> None:
 
 
 def _arm_somewhere(arm: Arm, places: list[Array], world: World, rng: np.random.Generator) -> Array:
-    """Return joints and opening that put an arm's tool anywhere in reach, or at one of ``places``."""
+    """Return an arm at home, at one of ``places`` on its side, or anywhere in reach: joints and opening."""
+    opening = rng.uniform(0.25, 1.0) * arm.gripper.stroke_m
+    kind = rng.random()
+    if kind < _AT_HOME:
+        return np.append(np.array(arm.home_rad), opening)
     base = np.array(arm.base.xyz_m)
-    low, high = np.array(_REACH_M).T
-    if rng.random() < _AT_THING:
-        wanted = places[int(rng.integers(len(places)))] + rng.normal(0, _BESIDE_M, 3)
+    near = [place for place in places if abs(place[0] - base[0]) < _OWN_SIDE_M]
+    if near and kind < _AT_HOME + _AT_THING:
+        wanted = near[int(rng.integers(len(near)))] + rng.normal(0, _BESIDE_M, 3)
         wanted[2] += rng.uniform(0, 0.1)
     else:
+        low, high = np.array(_REACH_M).T
         wanted = np.array([base[0], base[1], world.table_top_m]) + rng.uniform(low, high)
     wanted[2] = max(wanted[2], world.table_top_m + 0.01)
     chain = arm_chain(arm)
@@ -259,4 +265,4 @@ def _arm_somewhere(arm: Arm, places: list[Array], world: World, rng: np.random.G
     pose[:3, :3] = Rotation.from_rotvec(rng.normal(0, _TURN_RAD, 3)).as_matrix() @ pose[:3, :3]
     limits = np.array([[joint.lower_rad, joint.upper_rad] for joint in arm.joints]).T
     reached = chain.inverse_nearest(pose, arm.home_rad, *limits)
-    return np.append(reached, rng.uniform(0.25, 1.0) * arm.gripper.stroke_m)
+    return np.append(reached, opening)

@@ -23,7 +23,7 @@ from sim_training.episode import physics_steps, setpoints
 from sim_training.pictures import with_small_cameras
 from sim_training.randomisation import Randomisation
 from sim_training.tasks import load_task
-from sim_training.world import World
+from sim_training.world import PHYSICS_DT_S, World
 from simplevla.action_codec import ActionCodec
 from simplevla.bundle import ActionSpaceName
 from simplevla.embodiment import Embodiment
@@ -48,7 +48,7 @@ class RolloutSettings:
         cameras: what the policy looks through.
         network: says at what size it sees.
         action_space, codec, dt_s: what bins mean.
-        horizon: actions after which an episode has failed.
+        horizon: actions after which an episode has failed; 0 for the task's own limit.
         workers: processes.
         slots: worlds of each process.
         small_pictures: draw at the network's size; else at the camera's, and resample as evaluation does.
@@ -90,6 +90,7 @@ class Ended(NamedTuple):
     success: bool
     strategy: str
     failure: str
+    region: str
     actions: int
 
 
@@ -113,7 +114,10 @@ class News(NamedTuple):
 
 @dataclass(eq=False)
 class _Slot:
+    """A world, the state (D,) in which it was last looked at, and how its episode goes."""
+
     world: World
+    state: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     done: int = 0
     lying: int = 0
 
@@ -141,6 +145,7 @@ class Worker:
         )
         shown = with_small_cameras(embodiment, network) if settings.small_pictures else embodiment
         task = load_task(settings.task)
+        self._horizon = settings.horizon or task.step_limit
         self._slots = [
             _Slot(World(shown, task, randomisation=settings.randomisation)) for _ in range(settings.slots)
         ]
@@ -180,9 +185,7 @@ class Worker:
         with self._timed("kinematics"):
             targets = np.stack(
                 [
-                    to_joint_targets(
-                        settings.action_space, actions, slot.world.positions(), self._embodiment
-                    )
+                    to_joint_targets(settings.action_space, actions, slot.state, self._embodiment)
                     for slot, actions in zip(slots, settings.codec.decode(bins), strict=True)
                 ]
             ).astype(np.float64)
@@ -191,7 +194,7 @@ class Worker:
         for number, slot, path in zip(numbers, slots, paths, strict=True):
             with self._timed("physics"):
                 steps, success = slot.world.follow(path)
-            left = min(targets.shape[1], settings.horizon - slot.done)
+            left = min(targets.shape[1], self._horizon - slot.done)
             slot.done += min(-(-steps // self._steps), left)
             end = self._ended(number, slot, success)
             if end is not None:
@@ -201,7 +204,7 @@ class Worker:
     def _paths(self, slots: list[_Slot], targets: NDArray[np.float64]) -> list[NDArray[np.float64]]:
         """Return the setpoints of each slot; what would go beyond the horizon is left out."""
         paths: list[NDArray[np.float64]] = [_NO_PATH] * len(slots)
-        lefts = np.array([min(targets.shape[1], self._settings.horizon - slot.done) for slot in slots])
+        lefts = np.array([min(targets.shape[1], self._horizon - slot.done) for slot in slots])
         start = np.stack([slot.world.targets() for slot in slots])
         for left in np.unique(lefts):
             rows = np.flatnonzero(lefts == left)
@@ -215,22 +218,27 @@ class Worker:
         failure = FailureCode.NONE if success else world.failure()
         slot.lying = slot.lying + 1 if failure is FailureCode.NOT_UPRIGHT else 0
         lost = failure is FailureCode.DROPPED or slot.lying >= _LYING_LOOKS
-        if not (success or lost or slot.done >= self._settings.horizon):
+        if not (success or lost or slot.done >= self._horizon):
             return None
         strategy = world.strategy().value if success else ""
-        return Ended(number, success, strategy, "" if success else failure.value, slot.done)
+        return Ended(number, success, strategy, "" if success else failure.value, world.region, slot.done)
 
     def _look(self, numbers: list[int]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         """Return pictures and proprioception of some slots; all begin to be drawn before one is awaited."""
+        slots = [self._slots[number] for number in numbers]
         with self._timed("rendering"):
-            worlds = [self._slots[number].world for number in numbers]
-            for world in worlds:
+            for slot in slots:
+                slot.state = slot.world.positions()
                 for name in self._settings.cameras:
-                    world.expose(name)
-            frames = [[world.develop(name) for name in self._settings.cameras] for world in worlds]
+                    slot.world.expose(name)
+        with self._timed("physics"):
+            for slot in slots:
+                slot.world.step(round(slot.world.variation.think_s / PHYSICS_DT_S))
+        with self._timed("rendering"):
+            frames = [[slot.world.develop(name) for name in self._settings.cameras] for slot in slots]
             images = self._at_network_size(np.array(frames, dtype=np.uint8))
         with self._timed("kinematics"):
-            proprio = [proprioception(world.positions(), self._embodiment) for world in worlds]
+            proprio = [proprioception(slot.state, self._embodiment) for slot in slots]
         return images, np.array(proprio, dtype=np.float32)
 
     def _at_network_size(self, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:

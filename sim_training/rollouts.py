@@ -244,6 +244,7 @@ class _Attempt:
             success=end.success,
             strategy=end.strategy,
             failure=end.failure,
+            region=end.region,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,8 +20,11 @@ from simplevla.kinematics.action_space import from_joint_targets
 from simplevla.policy.network import Resample
 from simplevla.policy.processor import PromptEncoder, proprioception
 
+if TYPE_CHECKING:
+    from sim_training.pictures import Pictures
+
 _MIN_TRANSLATION_M = 1e-3
-_MIN_ROTATION_RAD = 1e-2
+_MIN_ROTATION_RAD = 0.04  # a tool that keeps its orientation sways by half of this as it follows
 _MIN_OPENING_M = 1e-3
 _CODEC_MARGIN = 0.02
 _PROPRIO_MARGIN = 0.1
@@ -109,7 +113,11 @@ def load_samples(
 
 
 def fit_codec(samples: Samples, embodiment: Embodiment) -> ActionCodec:
-    """Return the codec of the samples' actions; what hardly moves counts as not varied."""
+    """Return the codec of the samples' actions; what hardly moves counts as not varied, and stays.
+
+    A dimension that does not vary decodes to the middle of its range, which is set to the median here:
+    a tool that only sways while it follows would else be turned a little by every action.
+    """
     smallest = np.concatenate(
         [
             [*[_MIN_TRANSLATION_M] * 3, *[_MIN_ROTATION_RAD] * (len(arm.joints) - 3), _MIN_OPENING_M]
@@ -117,7 +125,11 @@ def fit_codec(samples: Samples, embodiment: Embodiment) -> ActionCodec:
         ]
     )
     flat = samples.actions.reshape(-1, samples.actions.shape[-1])
-    return ActionCodec.fit(flat, min_range=smallest, margin=_CODEC_MARGIN)
+    codec = ActionCodec.fit(flat, min_range=smallest, margin=_CODEC_MARGIN)
+    middle = np.median(flat, axis=0)
+    return ActionCodec(
+        np.where(codec.varied, codec.low, middle), np.where(codec.varied, codec.high, middle), codec.varied
+    )
 
 
 def fit_proprio(samples: Samples) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -128,7 +140,7 @@ def fit_proprio(samples: Samples) -> tuple[NDArray[np.float64], NDArray[np.float
     return low - room, high + room
 
 
-def split(samples: Samples, held_out: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def split(samples: Samples | Pictures, held_out: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the indices for training and the last episodes' indices, ``held_out`` of all episodes."""
     first = round((1 - held_out) * (int(samples.episodes.max()) + 1))
     return np.flatnonzero(samples.episodes < first), np.flatnonzero(samples.episodes >= first)
