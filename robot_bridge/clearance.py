@@ -6,6 +6,7 @@ rail. The table is the plane on which the task stands. Sizes are those of ``urdf
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -27,6 +28,7 @@ _RAIL_HALF_LENGTH_M = 0.061
 _RAIL_HALF_WIDTH_M = 0.022
 _LINK_RADIUS_M = 0.055  # covers every link's cross-section
 _GRIPPER_RADIUS_M = 0.065  # covers the rail and open fingers
+_CARRIED_RADIUS_M = 0.02
 _SPACING_M = 0.06
 _ROUNDING_M = 1e-9
 
@@ -43,7 +45,12 @@ class Workspace:
     """Judges poses for :class:`~robot_bridge.limits.Limiter`: the table and the other arm."""
 
     def __init__(
-        self, embodiment: Embodiment, *, table_top_m: float = TABLE_TOP_M, margins: Margins | None = None
+        self,
+        embodiment: Embodiment,
+        *,
+        table_top_m: float = TABLE_TOP_M,
+        margins: Margins | None = None,
+        carried: Mapping[str, NDArray[np.float64]] | None = None,
     ) -> None:
         """Prepare the arms' geometry.
 
@@ -51,11 +58,14 @@ class Workspace:
             embodiment: the robot.
             table_top_m: height of the table in the world frame, m.
             margins: distances to keep.
+            carried: {arm: (N, 3) points of a thing in its gripper, in its tool frame, m}; close enough
+                together that spheres of 2 cm cover it.
 
         Raises:
             KinematicsError: an arm's model is missing or does not fit.
         """
-        self._arms = [(_ArmShape(arm), part) for arm, part in embodiment.slices()]
+        carried = carried or {}
+        self._arms = [(_ArmShape(arm, carried.get(arm.name)), part) for arm, part in embodiment.slices()]
         self._table_top_m = table_top_m
         self._margins = margins or Margins()
 
@@ -84,6 +94,11 @@ class Workspace:
         poses = [(shape, shape.frames(positions[part])) for shape, part in self._arms]
         return min((_gap(*a, *b) for a, b in combinations(poses, 2)), default=np.inf)
 
+    def spheres(self, positions: Vector) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return (S, 3) centres and (S,) radii of the spheres that cover all arms' links, m."""
+        found = [shape.links(shape.frames(positions[part])) for shape, part in self._arms]
+        return np.concatenate(found), np.concatenate([shape.link_radii for shape, _ in self._arms])
+
     def _height(self, shape: _ArmShape, positions: Vector) -> float:
         return shape.lowest(shape.frames(positions), positions[-1]) - self._table_top_m
 
@@ -91,14 +106,17 @@ class Workspace:
 class _ArmShape:
     """One arm as spheres and corners in the world frame."""
 
-    def __init__(self, arm: Arm) -> None:
+    def __init__(self, arm: Arm, carried: NDArray[np.float64] | None = None) -> None:
         chain = arm_chain(arm)
         self._base = np.eye(4)
         self._base[:3, :3] = Rotation.from_euler("xyz", arm.base.rpy_rad).as_matrix()
         self._base[:3, 3] = arm.base.xyz_m
         self._parts = np.stack([chain.constant, chain.sine, chain.cosine])
         self._tail = chain.tail
-        self._blend, self.radii = self._spheres()
+        self._blend, self.link_radii = self._spheres()
+        points = np.zeros((0, 3)) if carried is None else carried
+        self._carried = np.concatenate([points, np.ones((len(points), 1))], axis=1)
+        self.radii = np.concatenate([self.link_radii, np.full(len(points), _CARRIED_RADIUS_M)])
 
     def frames(self, positions: Vector) -> NDArray[np.float64]:
         """Return (n + 2, 4, 4) base, joint and tool frames in the world at ``positions`` (n + 1,)."""
@@ -113,16 +131,24 @@ class _ArmShape:
         return frames
 
     def lowest(self, frames: NDArray[np.float64], opening_m: float) -> float:
-        """Return the height in the world of the lowest corner of fingers and rail, m."""
+        """Return the height in the world of the lowest point of fingers, rail and what is carried, m."""
         x, y, z, height = frames[-1, 2].tolist()
         y, z = abs(y), abs(z)  # corners lie on both sides of the tool's x axis
         tip = x * _FINGER_TIP_M - y * (opening_m / 2 + _FINGER_THICKNESS_M) - z * _FINGER_HALF_WIDTH_M
         rail = x * _RAIL_AHEAD_M - y * _RAIL_HALF_LENGTH_M - z * _RAIL_HALF_WIDTH_M
-        return height + min(tip, rail)
+        lowest: float = height + min(tip, rail)
+        if len(self._carried):
+            lowest = min(lowest, float((self._carried @ frames[-1, 2]).min()))
+        return lowest
 
     def centres(self, frames: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return (S, 3) the spheres' centres in the world, m."""
-        return self._blend @ frames[:, :3, 3]
+        """Return (S, 3) the spheres' centres in the world, of links and of what is carried, m."""
+        return np.concatenate([self.links(frames), (self._carried @ frames[-1].T)[:, :3]])
+
+    def links(self, frames: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return (S, 3) the centres of the links' spheres alone, m."""
+        centres: NDArray[np.float64] = self._blend @ frames[:, :3, 3]
+        return centres
 
     def _spheres(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return (S, n + 2) weights that put spheres between the frames' origins, and (S,) radii, m."""

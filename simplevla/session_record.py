@@ -7,6 +7,7 @@ that drift can be seen over sessions. Calibration writes it; bring-up and the si
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -219,7 +220,9 @@ def to_matrix(pose: Pose) -> NDArray[np.float64]:
 def to_pose(matrix: ArrayLike) -> Pose:
     """Return a (4, 4) transform as a pose."""
     values = np.asarray(matrix, dtype=np.float64)
-    rpy = Rotation.from_matrix(values[:3, :3]).as_euler("xyz")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # at a pitch of 90 deg one of many answers will do
+        rpy = Rotation.from_matrix(values[:3, :3]).as_euler("xyz")
     return Pose(
         xyz_m=(float(values[0, 3]), float(values[1, 3]), float(values[2, 3])),
         rpy_rad=(float(rpy[0]), float(rpy[1]), float(rpy[2])),

@@ -46,6 +46,22 @@ class Frame:
     sequence: int
 
 
+@dataclass(frozen=True)
+class Intrinsics:
+    """What the device says of its lens, as the SDK counts: the centre of the first pixel is (0, 0).
+
+    Attributes:
+        fx, fy, cx, cy: pixels of the stream's size.
+        distortion: k1, k2, p1, p2, k3.
+    """
+
+    fx: float
+    fy: float
+    cx: float
+    cy: float
+    distortion: tuple[float, float, float, float, float]
+
+
 class RealSenseDriver:
     """One colour stream. A context manager: it streams inside the ``with`` block.
 
@@ -83,6 +99,7 @@ class RealSenseDriver:
         self._news = threading.Condition()
         self._closing = threading.Event()
         self._latest: Frame | None = None
+        self._intrinsics: Intrinsics | None = None
         self._resources = ExitStack()
 
     def __enter__(self) -> RealSenseDriver:
@@ -102,6 +119,17 @@ class RealSenseDriver:
         """Stop streaming, end the reader and give the device back."""
         self._closing.set()
         self._resources.close()
+
+    @property
+    def intrinsics(self) -> Intrinsics:
+        """What the device says of its lens.
+
+        Raises:
+            UnavailableError: the driver is not open.
+        """
+        if self._intrinsics is None:
+            raise UnavailableError(f"camera {self.camera.name}: the driver is not open", "open it first")
+        return self._intrinsics
 
     @property
     def latest(self) -> Frame | None:
@@ -152,6 +180,7 @@ class RealSenseDriver:
                 "end other programs that use it, or plug it in again",
             ) from error
         self._resources.callback(pipeline.stop)
+        self._intrinsics = _intrinsics(profile.get_stream(rs.stream.color))
         sensor = profile.get_device().first_color_sensor() if _has_color_sensor(device) else None
         if sensor is not None:
             _set_option(sensor, rs.option.global_time_enabled, 1, self.camera.name)
@@ -279,6 +308,12 @@ def _capture_ns(rs: Any, frame: Any) -> int:
             return int(frame.get_frame_metadata(key)) * 1_000_000
         return time.time_ns()
     return int(frame.get_timestamp() * 1e6 + 0.5)
+
+
+def _intrinsics(stream: Any) -> Intrinsics:
+    found = stream.as_video_stream_profile().get_intrinsics()
+    k1, k2, p1, p2, k3 = (float(value) for value in found.coeffs)
+    return Intrinsics(found.fx, found.fy, found.ppx, found.ppy, (k1, k2, p1, p2, k3))
 
 
 def _has_color_sensor(device: Any) -> bool:
