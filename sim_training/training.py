@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from sim_training import run_folder, stages
+from sim_training.evaluation import rate
 from sim_training.progress import terminal
 from sim_training.run_folder import StageEntry, claim, note_stage
 from sim_training.stages import Run
@@ -112,7 +113,7 @@ def run(config_path: Path, overrides: Sequence[str], out: Path) -> int:
                 StageEntry(stage=stage.name, seconds=seconds, finished_ns=time.time_ns(), outcome=outcome),
             )
             print(f"{heading}: {outcome} ({seconds:.0f} s)", flush=True)
-    print(f"success {work.report().success}")
+    print(f"success {rate(work.report().success)}")
     print(f"bundle  {load_bundle(out / run_folder.BUNDLE).path}")
     print(f"report  {out / run_folder.REPORT}")
     return 0
