@@ -5,12 +5,18 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sim_training.progress import episodes as counting
 from sim_training.seeds import FIRST_EVALUATION_SEED
 from simplevla.cli import Command, require_choice, whole_number
+from simplevla.errors import ConfigError
 
-_RANDOMISATIONS = "textures, lights, camera, table_height, clutter, physics, all, none"
+if TYPE_CHECKING:
+    from sim_training.evaluation import BundleSource
+    from sim_training.randomisation import Randomisation
+
+_RANDOMISATIONS = "textures, lights, camera, table_height, clutter, physics, actuation, latency, all, none"
 
 
 def _configure_train(parser: argparse.ArgumentParser) -> None:
@@ -87,6 +93,7 @@ Wilson interval. Episode i has the seed SEED + i, which decides the scene; seeds
 examples:
   simplevla evaluate bundles/move_can_pot --task move_can_pot --episodes 100 --json out.json
   simplevla evaluate bundles/move_can_pot --episodes 20 --randomise lights,clutter --video out.mp4
+  simplevla evaluate bundles/move_can_pot --split all --episodes 100 --json splits.json
 """
     parser.add_argument("bundle", type=Path, help="folder of a policy bundle")
     parser.add_argument("--task", default="move_can_pot", help="task to try (default: move_can_pot)")
@@ -100,6 +107,11 @@ examples:
     parser.add_argument(
         "--randomise", default="none", metavar="NAMES",
         help=f"what differs between scenes, separated by commas: {_RANDOMISATIONS} (default: none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--split", metavar="NAMES",
+        help="compare scenes that training may see with what it holds out: spatial, object, goal, "
+        "separated by commas, or all (docs/tasks.md); --episodes of each",
     )  # fmt: skip
     parser.add_argument(
         "--workers", type=whole_number(1, 256), default=1, help="processes, about one a core (default: 1)"
@@ -119,6 +131,8 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     randomisation = Randomisation.of([name.strip() for name in args.randomise.split(",")])
     source = BundleSource(args.bundle)
     require_choice("task of this bundle", args.task, source().tasks)
+    if args.split is not None:
+        return _evaluate_splits(args, source, randomisation)
     with counting(args.episodes, "evaluating") as progress:
         report = evaluate(
             source,
@@ -140,8 +154,37 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     print(f"strategies {strategies}; failures {failures}")
     if report.mean_actions is not None:
         print(f"actions    {report.mean_actions:.1f} in a successful episode on average")
+    for name, share in report.regions.items():
+        print(f"{name:<10} {rate(share)}")
     for path in filter(None, (args.json, args.video)):
         print(f"written    {path}")
+    return 0
+
+
+def _evaluate_splits(args: argparse.Namespace, source: BundleSource, randomisation: Randomisation) -> int:
+    from sim_training.generalisation import chosen_splits, evaluate_splits, save_generalisation, trained_on
+
+    if args.video:
+        raise ConfigError("--split makes no video", "leave out --video or --split")
+    splits = chosen_splits(args.task, args.split)
+    with counting(args.episodes * (1 + len(splits)), "evaluating") as progress:
+        result = evaluate_splits(
+            source,
+            args.task,
+            splits,
+            episodes=args.episodes,
+            seed=args.seed,
+            randomisation=randomisation,
+            workers=args.workers,
+            progress=progress,
+        )
+    print(result.table())
+    scenes = trained_on(args.bundle)
+    if scenes != "seen":
+        print(f"note: the policy was trained on the scenes {scenes!r} and may know what is unseen here")
+    if args.json:
+        save_generalisation(result, args.json)
+        print(f"written {args.json}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -25,13 +26,21 @@ class Played(NamedTuple):
     success: bool
 
 
-def play(world: World, actions: ArrayLike, dt_s: float) -> Played:
+def play(
+    world: World, actions: ArrayLike, dt_s: float, *, after_action: Callable[[World], None] | None = None
+) -> Played:
     """Play (K, D) absolute targets, one every ``dt_s``, and stop at the first moment of success.
 
     What is wanted moves in a straight line from the last setpoint to each target, as the arm node
     interpolates, and the setpoint follows within the embodiment's velocity and acceleration limits, as
     the limits before the bus have it. After the last target the arms come to rest, as they do while
     the real stack looks and asks again. Success is tested at every physics step, as in RoboTwin.
+
+    Args:
+        world: where.
+        actions: the targets; rad and m.
+        dt_s: time between two.
+        after_action: is shown the world every ``dt_s`` and at the end, and changes nothing.
 
     Raises:
         ChunkError: ``dt_s`` is shorter than a physics step, or the targets are not finite (K, D).
@@ -47,8 +56,12 @@ def play(world: World, actions: ArrayLike, dt_s: float) -> Played:
             "check the policy",
         )
     path = setpoints(MotionLimits.of(world.embodiment), world.targets()[None], targets[None], dt_s)
-    steps, success = world.follow(path[0])
-    return Played(min(-(-steps // physics_steps(dt_s)), len(targets)), success)
+    each = physics_steps(dt_s)
+    if after_action is None:
+        steps, success = world.follow(path[0])
+    else:
+        steps, success = _shown(world, path[0], each, after_action)
+    return Played(min(-(-steps // each), len(targets)), success)
 
 
 def setpoints(limits: MotionLimits, start: Array, targets: Array, dt_s: float) -> list[Array]:
@@ -98,6 +111,17 @@ def physics_steps(dt_s: float) -> int:
     if steps < 1:
         raise ChunkError(f"dt is {dt_s} s, physics steps by {PHYSICS_DT_S} s", "use a longer dt")
     return steps
+
+
+def _shown(world: World, path: Array, each: int, show: Callable[[World], None]) -> tuple[int, bool]:
+    total = 0
+    for start in range(0, len(path), each):
+        steps, success = world.follow(path[start : start + each])
+        total += steps
+        show(world)
+        if success:
+            return total, True
+    return total, False
 
 
 def _cut(path: list[Array], ends: NDArray[np.int64]) -> list[Array]:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from sim_training.randomisation import Randomisation
 from sim_training.seeds import FIRST_EVALUATION_SEED
+from sim_training.splits import Scenes, require_split
 from sim_training.tasks import Task, load_task
 from simplevla.action_chunk import ActionChunk, check_chunk
 from simplevla.bundle import Bundle, load_bundle
@@ -95,6 +96,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         strategies, failures: how many episodes ended so.
         mean_actions: over the successful episodes.
         regions: success of the episodes that started in each region; empty in older reports.
+        scenes: which part of the task's scenes the episodes were drawn from.
     """
 
     policy_id: str
@@ -109,6 +111,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     mean_actions: float | None
     episodes: tuple[EpisodeResult, ...]
     regions: dict[str, Share] = {}
+    scenes: Scenes = Scenes.ALL
     schema: int = SCHEMA
 
 
@@ -134,16 +137,18 @@ def evaluate(
         progress: called with (episodes done, successes) after each episode.
 
     Raises:
-        ConfigError: the task is unknown, there are no episodes, or the seeds belong to training.
+        ConfigError: the task is unknown or has no such scenes, there are no episodes, or the seeds
+            belong to training.
     """
-    load_task(task)
+    randomisation = randomisation or Randomisation.none()
+    require_split(load_task(task), randomisation.scenes)
     if episodes < 1:
         raise ConfigError(f"{episodes} episodes are nothing to evaluate", "evaluate at least one")
     if seed < FIRST_EVALUATION_SEED:
         raise ConfigError(
             f"seed {seed} may have been trained on", f"choose a seed of {FIRST_EVALUATION_SEED} or more"
         )
-    job = _Job(source, task, randomisation or Randomisation.none())
+    job = _Job(source, task, randomisation)
     policy = source()
     results: list[EpisodeResult] = []
     for result in _map(job, policy, range(seed, seed + episodes), workers):
@@ -283,7 +288,10 @@ class Bench:
         self.world.close()
 
     def run(self, seed: int, after_action: Callable[[World], None] | None = None) -> EpisodeResult:
-        """Return how the episode ``seed`` went; it ends with success, the limit, or a lost object."""
+        """Return how the episode ``seed`` went; it ends with success, the limit, or a lost object.
+
+        ``after_action`` is shown the world every action's time, and changes nothing.
+        """
         from sim_training.episode import observe, play
 
         world, policy = self.world, self._policy
@@ -293,13 +301,8 @@ class Bench:
             chunk = policy.act(observe(world, policy.cameras, done - 1))
             check_chunk(chunk, policy.embodiment)
             actions = chunk.actions[: self._task.step_limit - done]
-            for part in actions[:, None] if after_action else [actions]:
-                played = play(world, part, chunk.dt_s)
-                done, success = done + played.actions, played.success
-                if after_action:
-                    after_action(world)
-                if success:
-                    break
+            played = play(world, actions, chunk.dt_s, after_action=after_action)
+            done, success = done + played.actions, played.success
         return EpisodeResult(
             seed=seed,
             success=success,
@@ -336,6 +339,7 @@ def _report(job: _Job, policy: Policy, seed: int, results: Sequence[EpisodeResul
         mean_actions=float(np.mean([r.actions for r in wins])) if wins else None,
         episodes=tuple(results),
         regions=_regions(results),
+        scenes=job.randomisation.scenes,
     )
 
 

@@ -61,17 +61,17 @@ class Randomisation(Config):
         return cls.of(tuple(_KEYS))
 
     @classmethod
-    def of(cls, names: Sequence[str]) -> Randomisation:
+    def of(cls, names: Sequence[str], scenes: str = "all") -> Randomisation:
         """Return the switches in ``names`` on, the others off; ``all`` and ``none`` are names too.
 
         Raises:
             ConfigError: a name is unknown.
         """
+        require_choice("scenes", scenes, [part.value for part in Scenes])
         for name in names:
             require_choice("randomisation", name, [*_KEYS, "all", "none"])
-        if "all" in names:
-            return cls.all()
-        return build({name: True for name in names if name != "none"}, cls, source="randomisation")
+        on = _KEYS if "all" in names else [name for name in names if name != "none"]
+        return build({"scenes": scenes, **dict.fromkeys(on, True)}, cls, source="randomisation")
 
     def names(self) -> list[str]:
         """Return the switches that are on."""
