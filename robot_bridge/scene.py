@@ -146,7 +146,12 @@ class OperatorScene:
         verdict = self._choose("Did it succeed?", {"y": "yes", "n": "no", "a": "abstain"})
         strategy, failure = Strategy.UNKNOWN, FailureCode.NONE
         if verdict == "yes":
-            choices = {"g": Strategy.GRASP.value, "p": Strategy.PUSH.value, "u": Strategy.UNKNOWN.value}
+            choices = {
+                "g": Strategy.GRASP.value,
+                "p": Strategy.PUSH.value,
+                "t": Strategy.TOUCH.value,
+                "u": Strategy.UNKNOWN.value,
+            }
             strategy = Strategy(self._choose("How was the object moved?", choices))
         elif verdict == "no":
             codes = {
