@@ -1,4 +1,4 @@
-"""Poses that show the board: clear of the table and of the other arm, in sight, reached one after another."""
+"""Poses that show the board: clear of table and other arm, in sight, reached one after another."""
 
 import msgspec
 import numpy as np
@@ -73,7 +73,8 @@ def test_a_link_before_the_camera_hides_the_board():
 def test_a_route_takes_each_pose_once_and_nearest_first():
     here = viewing()
     home = np.array(RIGHT.home_rad)
-    near, far = home + [0.1, 0, 0, 0, 0, 0], home + [0.4, 0, 0, 0, 0, 0]
+    near, far = home.copy(), home.copy()
+    near[0], far[0] = near[0] + 0.1, far[0] + 0.4
     route = here.route(home, [far, near])
     assert [pose.tolist() for pose in route] == [near.tolist(), far.tolist()]
 
