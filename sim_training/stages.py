@@ -22,6 +22,7 @@ from sim_training import run_folder
 from sim_training.corrections import collect_corrections
 from sim_training.demonstrations import DT_S, DemonstrationSet, Settings, collect
 from sim_training.evaluation import BundleSource, Report, evaluate, load_report, rate, save_report
+from sim_training.grpo.settings import require_libraries as require_grpo
 from sim_training.pictures import Pictures, draw_pictures, load_pictures, save_pictures
 from sim_training.pretraining import pretrain
 from sim_training.progress import episodes, iterations
@@ -127,12 +128,12 @@ def require_libraries(config: TrainingConfig) -> None:
     Raises:
         MissingExtraError: one is not installed.
     """
-    wanted = [("sapien", "sim"), ("cv2", "sim"), ("matplotlib", "train"), ("jinja2", "train")]
-    if config.grpo is not None:
-        wanted.append(("verl", "train"))
+    wanted = (("sapien", "sim"), ("cv2", "sim"), ("matplotlib", "train"), ("jinja2", "train"))
     for library, extra in wanted:
         if importlib.util.find_spec(library) is None:
             raise MissingExtraError(library, extra)
+    if config.grpo is not None:
+        require_grpo()
 
 
 def demonstrate(run: Run) -> str:
