@@ -10,7 +10,10 @@ import pytest
 from simplevla.cli import GROUP, Command, main, require_choice, whole_number
 from simplevla.errors import ConfigError
 
-COMMANDS = ["calibrate", "compile", "doctor", "evaluate", "serve", "train", "trial", "twin", "up"]
+COMMANDS = [
+    "bench", "calibrate", "compile", "doctor", "evaluate", "inspect", "keys", "serve", "train",
+    "train-report", "trial", "twin", "up",
+]  # fmt: skip
 
 
 def run(capsys, *argv):
