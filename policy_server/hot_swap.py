@@ -126,15 +126,11 @@ def prove(bundle: Bundle, policy: ServedPolicy) -> None:
         SwapError: it does not.
         SimplevlaError: it cannot answer.
     """
-    from policy_server.compiler import plausible_observations
     from policy_server.engines import check_golden
+    from policy_server.observations import plausible_observations
 
     check_golden(bundle, policy.session)
-    chunks = []
     for observation in plausible_observations(bundle.manifest, count=_GOLDEN, seed=0):
         first, again = (policy.answer(observation)[0].actions for _ in range(2))
         if not np.array_equal(first, again):
             raise SwapError("the new policy answers the same question differently", "report the bundle")
-        chunks.append(first)
-    if all(np.array_equal(chunk, chunks[0]) for chunk in chunks):
-        raise SwapError("the new policy answers every question alike", "train the bundle again")

@@ -137,7 +137,10 @@ def test_a_damaged_message_is_decoded_or_refused_with_the_typed_error(
     st.sampled_from(["hello", "welcome", "act", "chunk", "health", "status", "error"]),
 )
 def test_well_formed_msgpack_of_any_content_is_refused(value: object, tag: str) -> None:
-    for header in (value, {"type": tag, "schema": protocol.SCHEMA, "request": 5, "arrays": value, "embodiment": value}):
+    for header in (
+        value,
+        {"type": tag, "schema": protocol.SCHEMA, "request": 5, "arrays": value, "embodiment": value},
+    ):
         with pytest.raises(MessageError):
             protocol.decode([msgspec.msgpack.encode(header), b"x"])
 
