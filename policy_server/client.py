@@ -19,7 +19,7 @@ from policy_server.conversation import (
     accepted,
     no_answer,
 )
-from policy_server.keys import ClientKeys
+from policy_server.keys import ClientKeys, keys_for
 from policy_server.local_link import GoneError, LocalLink
 from policy_server.protocol import DEFAULT_ADDRESS, LocalOffer, MessageError, Part
 from policy_server.remote_link import Link, RemoteLink
@@ -27,7 +27,15 @@ from simplevla.embodiment import Embodiment
 from simplevla.errors import UnavailableError
 from simplevla.observation import Observation
 
-__all__ = ["ClientKeys", "PolicyChangedError", "PolicyClient", "RemoteError", "Reply", "ServerInfo"]
+__all__ = [
+    "ClientKeys",
+    "PolicyChangedError",
+    "PolicyClient",
+    "RemoteError",
+    "Reply",
+    "ServerInfo",
+    "keys_for",
+]
 
 _log = logging.getLogger(__name__)
 

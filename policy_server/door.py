@@ -6,7 +6,6 @@ One thread waits in :meth:`Door.receive`; any thread may send to a peer.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
 import os
 import select
@@ -22,9 +21,10 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from policy_server import protocol
+from policy_server.address import is_loopback
 from policy_server.keys import ServerKeys
 from policy_server.local_link import MAX_DATAGRAM_BYTES, LocalListener, LocalPeer, is_possible
-from policy_server.protocol import DEFAULT_ADDRESS, LocalOffer, MessageError, Part
+from policy_server.protocol import LocalOffer, MessageError, Part
 from simplevla.errors import ConfigError, UnavailableError
 
 _QUEUED_MESSAGES = 8
@@ -286,39 +286,6 @@ class _RemotePeer:
 
     def send(self, parts: Sequence[Part]) -> None:
         self._door.send_remote(self.identity, parts)
-
-
-def require_local(address: str, *, allow_remote: bool, encrypted: bool = False) -> None:
-    """Check that only this machine or the holders of keys can reach ``address``, or warn if asked for.
-
-    Raises:
-        ConfigError: it is no address, or others could reach it.
-    """
-    scheme, separator, place = address.partition("://")
-    if not separator or scheme not in ("tcp", "ipc") or not place:
-        raise ConfigError(f"{address!r} is no address", f"use one like {DEFAULT_ADDRESS} or ipc:///path")
-    if encrypted or scheme == "ipc" or is_loopback(place.rpartition(":")[0]):
-        return
-    if not allow_remote:
-        raise ConfigError(
-            f"{address} can be reached from other machines",
-            "give --keys (make some with: simplevla keys new), or forward "
-            f"{DEFAULT_ADDRESS} with ssh -L, or add --allow-remote if the network is yours alone",
-        )
-    _log.warning(
-        "listening on %s: other machines can reach it, and traffic is neither encrypted nor authenticated",
-        address,
-    )
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether ``host`` names this machine and nobody else can mean it."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def _is_near(frame: zmq.Frame) -> bool:

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from policy_server.address import is_on_this_machine
 from simplevla.errors import ConfigError, MissingExtraError
 from simplevla.files import write_atomic
 
 SERVER = "server"
+ENVIRONMENT = "SIMPLEVLA_KEYS"
 _CLIENTS = "clients"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _KEY = re.compile(rb"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
@@ -79,6 +81,18 @@ class ClientKeys:
                 "make them with: simplevla keys new NAME",
             )
         return cls.load(folder, names[0])
+
+
+def keys_for(address: str) -> ClientKeys | None:
+    """Return the keys in the folder that SIMPLEVLA_KEYS names, for a server on another machine.
+
+    None for one on this machine, or if no folder is named.
+
+    Raises:
+        ConfigError: the folder does not hold the keys of one client and of its server.
+    """
+    folder = os.environ.get(ENVIRONMENT, "")
+    return ClientKeys.find(Path(folder)) if folder and not is_on_this_machine(address) else None
 
 
 def default_folder() -> Path:

@@ -17,6 +17,7 @@ machine they were made on; public ones may be sent by any way that nobody can ch
   server.public -> robot simplevla keys trust server.public
 
 then: simplevla serve BUNDLE --address tcp://0.0.0.0:5555 --keys ~/.config/simplevla/keys
+On the robot PC the trial and bring-up find their keys by SIMPLEVLA_KEYS=~/.config/simplevla/keys.
 A client that is forgotten cannot connect any more; a connection it has lasts until it ends.
 """
 

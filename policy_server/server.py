@@ -19,7 +19,8 @@ from types import TracebackType
 from typing import Any
 
 from policy_server import protocol
-from policy_server.door import Door, Peer, Received, require_local
+from policy_server.address import require_local
+from policy_server.door import Door, Peer, Received
 from policy_server.hot_swap import require_swappable
 from policy_server.keys import ServerKeys
 from policy_server.local_link import slot_bytes

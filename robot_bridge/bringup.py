@@ -292,9 +292,9 @@ def _check_bundle(settings: Settings, embodiment: Embodiment) -> tuple[str, ...]
 
 def _check_server(settings: Settings, embodiment: Embodiment) -> tuple[str, ...]:
     """Return the cameras that the served policy needs, after checking that it fits robot and task."""
-    from policy_server.client import PolicyClient
+    from policy_server.client import PolicyClient, keys_for
 
-    with PolicyClient(settings.server, embodiment=embodiment) as client:
+    with PolicyClient(settings.server, embodiment=embodiment, keys=keys_for(settings.server)) as client:
         require_choice("task", settings.task, sorted(client.info.instructions))
         return tuple(need.name for need in client.info.cameras)
 

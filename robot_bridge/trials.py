@@ -21,7 +21,7 @@ from pathlib import Path
 
 import msgspec
 
-from policy_server.client import PolicyClient
+from policy_server.client import PolicyClient, keys_for
 from robot_bridge import bringup
 from robot_bridge.latency import ChunkTrace, count_limit_events, one_line, read_traces, split
 from robot_bridge.nodes.trial import PolicyState, TrialNode
@@ -488,7 +488,7 @@ def _bringup_settings(plan: Plan) -> bringup.Settings:
 
 
 def _check_server(address: str, embodiment: Embodiment, bundle: Bundle) -> None:
-    with PolicyClient(address, embodiment=embodiment) as client:
+    with PolicyClient(address, embodiment=embodiment, keys=keys_for(address)) as client:
         if client.info.policy_id != bundle.id:
             raise ConfigError(
                 f"the server at {address} serves {client.info.name!r} ({client.info.policy_id[:12]}), "

@@ -34,7 +34,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, JointState
 from std_msgs.msg import Header
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
-from policy_server.client import PolicyClient, ServerInfo
+from policy_server.client import PolicyClient, ServerInfo, keys_for
 from policy_server.protocol import DEFAULT_ADDRESS
 from robot_bridge.drivers.choice import camera_driver
 from robot_bridge.drivers.realsense import Frame, RealSenseDriver
@@ -92,6 +92,7 @@ def open_policy() -> Iterator[PolicyNode]:
                 embodiment=embodiment,
                 timeout_s=node.server_timeout_s,
                 wait_s=node.server_wait_s,
+                keys=keys_for(node.server),
             )
         )
         needed = [need.name for need in client.info.cameras]

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from policy_server.address import require_local
 from policy_server.client import ClientKeys, PolicyClient
-from policy_server.door import require_local
 from policy_server.keys import (
     ServerKeys,
     allow_client,
     forget_client,
+    keys_for,
     known_clients,
     make_keys,
     trust_server,
@@ -144,6 +145,19 @@ def test_the_only_client_of_a_folder_is_found(folders: tuple[Path, Path]) -> Non
     make_keys(robot, "second")
     with pytest.raises(ConfigError, match="2 clients"):
         ClientKeys.find(robot)
+
+
+def test_a_robot_finds_its_keys_by_the_environment(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, robot = folders
+    assert keys_for("tcp://gpu-server:5555") is None
+    monkeypatch.setenv("SIMPLEVLA_KEYS", str(robot))
+    found = keys_for("tcp://gpu-server:5555")
+    assert found is not None
+    assert found.public == ClientKeys.load(robot, "robot").public
+    assert keys_for("tcp://127.0.0.1:5555") is None
+    assert keys_for("ipc:///run/policy") is None
 
 
 def test_keys_are_made_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,9 +21,9 @@ import pytest
 import zmq
 
 from policy_server import protocol
+from policy_server.address import require_local
 from policy_server.client import PolicyChangedError, PolicyClient, RemoteError
 from policy_server.served_policy import ServedPolicy
-from policy_server.door import require_local
 from policy_server.server import PolicyServer
 from simplevla.bundle import Bundle
 from simplevla.embodiment import Embodiment, load_embodiment
