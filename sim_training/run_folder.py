@@ -91,7 +91,7 @@ def claim(folder: Path, config: TrainingConfig) -> Iterator[bool]:
     encoded = msgspec.json.format(msgspec.json.encode(config), indent=1) + b"\n"
     path = folder / CONFIG
     begun = path.exists()
-    if begun and path.read_bytes() != encoded:
+    if begun and not _same(path, config):
         raise ConfigError(
             f"{folder} holds a run of another configuration", "choose another folder, or remove it"
         )
@@ -122,6 +122,14 @@ def claim(folder: Path, config: TrainingConfig) -> Iterator[bool]:
         yield begun
     finally:
         os.close(handle)
+
+
+def _same(path: Path, config: TrainingConfig) -> bool:
+    """Return whether the file says the same; keys that a newer version added count as their defaults."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=TrainingConfig) == config
+    except msgspec.DecodeError:
+        return False
 
 
 def note_stage(folder: Path, entry: StageEntry) -> None:

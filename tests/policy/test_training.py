@@ -1,6 +1,7 @@
 """A whole training run, as small as it can be: to the end, after a kill, and what it refuses."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import pytest
 from sim_training import run_folder
 from sim_training.evaluation import BundlePolicy
 from sim_training.history import Iteration, read_history
+from sim_training.run_folder import claim
 from sim_training.run_record import read_run
 from sim_training.training import load_config, plan, run, show_plan
 from simplevla.bundle import load_bundle
@@ -55,7 +57,7 @@ def learned(folder: Path) -> list[Iteration]:
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while not condition():
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
@@ -105,6 +107,20 @@ def test_a_finished_run_is_not_made_again(
     assert "[1/12] demonstrations: there already" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="another configuration"):
         run(small, ["seed=1"], finished)
+
+
+def test_a_run_of_an_older_version_goes_on(small: Path, tmp_path: Path) -> None:
+    config = load_config(small)
+    with claim(tmp_path / "run", config):
+        pass
+    path = tmp_path / "run" / run_folder.CONFIG
+    older = json.loads(path.read_text())
+    del older["corrections"], older["grpo"]["sampling"]["keep_surplus"]
+    path.write_text(json.dumps(older))
+    with claim(tmp_path / "run", load_config(small, ["corrections={}"])) as begun:
+        assert begun
+    with pytest.raises(ConfigError, match="another"), claim(tmp_path / "run", config):
+        pass
 
 
 def test_a_run_that_was_killed_in_reinforcement_learning_ends_as_if_it_had_not_been(
