@@ -1,4 +1,4 @@
-"""``simplevla serve`` and ``simplevla compile``."""
+"""``simplevla serve``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from policy_server.backends import BACKENDS
+from policy_server.backends import BACKENDS, PRECISIONS
 from simplevla.cli import Command, whole_number
 
 if TYPE_CHECKING:
@@ -38,16 +38,6 @@ examples:
   simplevla serve bundles/move_can_pot --metrics-port 9555     then: curl 127.0.0.1:9555/health
 """
 
-_COMPILE_EPILOG = """\
-Exports the network to ONNX, compares it with torch, and keeps the engine only if both answer alike: in
-the bundle's folder engines/, or in ~/.cache/simplevla if that cannot be written to. An engine fits one
-version of the bundle, of the back end and of simplevla; "simplevla serve" says when a new one is needed.
-
-examples:
-  simplevla compile bundles/move_can_pot
-  simplevla compile bundles/move_can_pot --observations recorded.npz --force
-"""
-
 _log = logging.getLogger(__name__)
 
 
@@ -59,6 +49,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         default="onnxruntime",
         choices=BACKENDS,
         help="what computes the network (default: onnxruntime, which needs a compiled engine)",
+    )
+    parser.add_argument(
+        "--precision",
+        default="fp32",
+        choices=PRECISIONS,
+        help="precision of the compiled engine (default: fp32)",
     )
     parser.add_argument(
         "--address",
@@ -111,37 +107,6 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _configure_compile(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = _COMPILE_EPILOG
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help=_BUNDLE_HELP)
-    parser.add_argument(
-        "--backend",
-        default="onnxruntime",
-        choices=["onnxruntime"],
-        help="what the engine is for (default: onnxruntime)",
-    )
-    parser.add_argument(
-        "--observations",
-        type=Path,
-        metavar="FILE.npz",
-        help="recorded observations to compare on: state (N, D) float32, image/<camera> (N, H, W, 3) "
-        "uint8, instruction (N,); default: made-up ones",
-    )
-    parser.add_argument(
-        "--count",
-        type=whole_number(1, 100_000),
-        default=32,
-        help="how many observations to make up (default: 32)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=whole_number(0, 2**31 - 1),
-        default=0,
-        help="decides the made-up observations (default: 0)",
-    )
-    parser.add_argument("--force", action="store_true", help="build again even if there is an engine")
-
-
 def _serve(args: argparse.Namespace) -> int:
     from policy_server.hot_swap import HotSwap
     from policy_server.keys import ServerKeys
@@ -187,28 +152,10 @@ def _open_policy(bundle: Bundle, args: argparse.Namespace) -> ServedPolicy:
     if args.compile and args.backend != "torch":
         from policy_server.compiler import compile_bundle
 
-        _log.info("%s", compile_bundle(bundle, args.backend).record.parity)
-    session = open_session(bundle, args.backend, SessionOptions(threads=args.threads, spin=args.spin))
+        _log.info("%s", compile_bundle(bundle, args.backend, args.precision).record.parity)
+    options = SessionOptions(threads=args.threads, spin=args.spin)
+    session = open_session(bundle, args.backend, options, precision=args.precision)
     return ServedPolicy.of(bundle, session)
 
 
-def _compile(args: argparse.Namespace) -> int:
-    from policy_server.compiler import compile_bundle, load_observations, plausible_observations
-    from simplevla.bundle import load_bundle
-
-    bundle = load_bundle(args.bundle)
-    if args.observations is not None:
-        observations, source = load_observations(args.observations, bundle.manifest), args.observations.name
-    else:
-        observations = plausible_observations(bundle.manifest, count=args.count, seed=args.seed)
-        source = "synthetic"
-    engine = compile_bundle(
-        bundle, args.backend, observations=observations, source=source, force=args.force
-    )
-    print(f"engine: {engine.path}")
-    print(f"parity with torch: {engine.record.parity}")
-    return 0
-
-
 SERVE = Command("serve a policy bundle to robots", _configure, _serve)
-COMPILE = Command("compile a policy bundle for the machine that serves it", _configure_compile, _compile)

@@ -1,190 +1,104 @@
-"""From a bundle to an engine: export once, hold it against torch, keep it only if they agree."""
+"""From a bundle to an engine: build, hold against torch, keep only if they agree."""
 
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import shutil
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
-from policy_server.backends.base import EngineError, Session
-from policy_server.backends.onnx_runtime import MODEL, OnnxRuntimeSession
+from policy_server.backends import backend_named
+from policy_server.backends.base import Backend, EngineError, Session
+from policy_server.backends.compiled import CompiledSession, PromptConstants
 from policy_server.engines import (
-    OPSET,
-    PRECISION,
+    LIMITS,
     SIDECAR,
     Engine,
     EngineRecord,
     Parity,
     ParityLimits,
+    built_engine,
     engine_folders,
     engine_key,
     find_engine,
+    golden_observations,
+    load_engine,
     writable_engine_folder,
 )
-from policy_server.served_policy import ServedPolicy, example_observation
-from simplevla import __version__
-from simplevla.bundle import Bundle, FileEntry, Manifest
+from policy_server.graphs import OPSET, PROMPT, STEP, CompileError, Graph, entries, exported_graph, share
+from policy_server.observations import plausible_observations
+from policy_server.served_policy import ServedPolicy
+from simplevla.bundle import Bundle
 from simplevla.cli import require_choice
-from simplevla.errors import MissingExtraError, ObservationError, SimplevlaError
-from simplevla.files import sha256_file, whole_directory
+from simplevla.errors import ObservationError
+from simplevla.files import whole_directory, write_atomic
 from simplevla.observation import Observation, check_observation
+from simplevla.policy.processor import PolicyProcessor
 
-COMPILED_BACKENDS = ("onnxruntime",)
+_CALIBRATED = 64  # observations that decide the ranges of int8; the gate looks at others
 
 _log = logging.getLogger(__name__)
 
 
-class CompileError(SimplevlaError):
-    """A bundle cannot be compiled, or its engine disagrees with the torch reference."""
-
-    code = "compile_failed"
-
-
 def compile_bundle(
     bundle: Bundle,
-    backend: str = COMPILED_BACKENDS[0],
+    backend: str = "onnxruntime",
+    precision: str = "fp32",
     *,
     observations: Sequence[Observation] | None = None,
     source: str = "synthetic",
     limits: ParityLimits | None = None,
     force: bool = False,
 ) -> Engine:
-    """Return the engine of ``bundle``, built and checked now unless a sound one is there already.
+    """Return the engine of ``bundle``, built and checked now unless a certified one is there already.
+
+    Where nothing can run the engine (no GPU), it is built ahead of time and left without a certificate:
+    nothing serves it before this was called again where it can run.
 
     Args:
         bundle: the policy.
         backend: what the engine is for.
+        precision: what it computes in; int8 takes its ranges from part of the observations.
         observations: what torch and the engine are compared on; made-up ones by default.
         source: where they come from, for the certificate.
-        limits: how far the engine may be from torch.
+        limits: how far the engine may be from torch; those of the precision by default.
         force: build it even if there is one.
 
     Raises:
         CompileError: the export failed, or the engine disagrees with torch; nothing was written.
-        MissingExtraError: torch, onnx or onnxscript is not installed.
-        EngineError: there is no place for the engine.
+        EngineError: the back end cannot build it, or there is no place for it.
+        MissingExtraError: a library is not installed.
     """
-    require_choice("back end to compile for", backend, COMPILED_BACKENDS)
+    compiler = backend_named(backend)
+    require_choice(f"precision of {backend}", precision, tuple(compiler.precisions))
     if not force:
-        try:
-            return find_engine(bundle, backend)
-        except EngineError as error:
-            _log.info("building an engine, half a minute or so: %s", error.message)
+        with contextlib.suppress(EngineError):
+            return find_engine(bundle, backend, precision)
     if observations is None:
         observations = plausible_observations(bundle.manifest, count=32, seed=0)
-    key = engine_key(bundle, backend)
-    _remove_engine(bundle, key)
+    ranges: Sequence[Observation] = ()
+    if precision == "int8":
+        observations, ranges = _parted(observations)
+    engine = None
+    if not force:
+        with contextlib.suppress(EngineError):
+            engine = built_engine(bundle, backend, precision)
     folder = writable_engine_folder(bundle)
     try:
-        with whole_directory(folder / key) as scratch:
-            versions = export_onnx(bundle, scratch / MODEL)
-            parity = measure_parity(
-                bundle,
-                OnnxRuntimeSession((scratch / MODEL).read_bytes()),
-                observations,
-                source=source,
-                limits=limits or ParityLimits(),
+        if engine is None:
+            _remove_engine(bundle, engine_key(bundle, backend, precision))
+            return _build(
+                bundle, compiler, precision, folder, observations, ranges, source, limits, force=force
             )
-            if not parity.passed:
-                raise CompileError(
-                    f"the engine disagrees with torch ({parity})", "do not use it; report the bundle"
-                )
-            record = EngineRecord(
-                key=key,
-                backend=backend,
-                precision=PRECISION,
-                opset=OPSET,
-                bundle_id=bundle.id,
-                versions=versions,
-                parity=parity,
-                created_ns=time.time_ns(),
-                files={MODEL: FileEntry((scratch / MODEL).stat().st_size, sha256_file(scratch / MODEL))},
-            )
-            encoded = msgspec.json.format(msgspec.json.encode(record, order="sorted"), indent=1)
-            (scratch / SIDECAR).write_bytes(encoded + b"\n")
+        return _certify(bundle, compiler, engine, observations, source, limits)
     finally:
         with contextlib.suppress(OSError):  # an empty folder is not left behind
             folder.rmdir()
-    return find_engine(bundle, backend)
-
-
-def export_onnx(bundle: Bundle, path: Path) -> dict[str, str]:
-    """Write the bundle's network as one ONNX file with static shapes and batch 1.
-
-    Returns:
-        {library: version} of what made it.
-
-    Raises:
-        CompileError: the export failed.
-        MissingExtraError: torch, onnx or onnxscript is not installed.
-    """
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript
-        import torch
-
-        from simplevla.policy.network import load_network
-    except ImportError as error:
-        raise MissingExtraError(error.name or "torch", "compile") from error
-    from simplevla.policy.processor import PolicyProcessor
-
-    inputs = PolicyProcessor.from_bundle(bundle).inputs(example_observation(bundle.manifest))
-    network = load_network(bundle).fold()
-    try:
-        with _quiet(), torch.no_grad():
-            torch.onnx.export(
-                network,
-                (),
-                path,
-                kwargs={name: torch.from_numpy(np.array(value)) for name, value in inputs.items()},
-                input_names=list(inputs),
-                output_names=["logits"],
-                opset_version=OPSET,
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-            )
-        _strip_provenance(path)
-    except Exception as error:  # the exporter raises whatever its many passes raise
-        _log.debug("export failed", exc_info=True)
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        remedy = "run again with: simplevla --log-level debug compile ..."
-        raise CompileError(f"the ONNX export failed: {first}", remedy) from error
-    return {
-        "simplevla": __version__,
-        "torch": str(torch.__version__),
-        "onnx": onnx.__version__,
-        "onnxscript": onnxscript.__version__,
-        "onnxruntime": onnxruntime.__version__,
-    }
-
-
-def _strip_provenance(path: Path) -> None:
-    """Remove what the exporter notes of each node: stack traces, with the paths of this machine."""
-    import onnx
-
-    model = onnx.load(path)
-    for node in model.graph.node:
-        del node.metadata_props[:]
-        node.ClearField("doc_string")
-    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
-        del value.metadata_props[:]
-    for tensor in model.graph.initializer:
-        del tensor.metadata_props[:]
-    del model.graph.metadata_props[:]
-    del model.metadata_props[:]
-    onnx.save(model, path)
 
 
 def measure_parity(
@@ -206,7 +120,7 @@ def measure_parity(
     if not observations:
         raise ObservationError("there is no observation to compare on", "give at least one")
     reference = ServedPolicy.of(bundle, TorchSession(bundle))
-    processor = reference.processor
+    processor = PolicyProcessor.from_bundle(bundle)
     manifest = bundle.manifest
     varied = np.tile(np.asarray(manifest.codec.varied), manifest.chunk_length)
     gripper = np.zeros(manifest.embodiment.dimension, dtype=bool)
@@ -223,6 +137,10 @@ def measure_parity(
         logit_error = max(logit_error, float(np.abs(want - have).max()))
         chunks = [processor.chunk(logits, observation, bundle.id).actions for logits in (want, have)]
         target_error = np.maximum(target_error, np.abs(chunks[0] - chunks[1]).max(axis=0))
+    golden = [
+        reference.session.run(processor.inputs(observation)).argmax(-1).reshape(-1).tolist()
+        for observation in golden_observations(bundle)
+    ]
     return Parity(
         source=source,
         observations=len(observations),
@@ -231,66 +149,120 @@ def measure_parity(
         worst_joint_error_rad=float(target_error[~gripper].max()),
         worst_gripper_error_m=float(target_error[gripper].max()),
         limits=limits,
+        machine=session.info.device,
+        golden=tuple(map(tuple, golden)),
     )
 
 
-def plausible_observations(manifest: Manifest, *, count: int, seed: int) -> list[Observation]:
-    """Return made-up observations: states around home, noisy and smooth images, known instructions."""
-    rng = np.random.default_rng(seed)
-    embodiment = manifest.embodiment
-    lower, upper = embodiment.position_limits()
-    instructions = list(manifest.instructions.values()) or [""]
-    observations = []
-    for index in range(count):
-        spread = 0.2 * (upper - lower) * rng.uniform(-1, 1, embodiment.dimension)
-        make = _noise_image if index % 2 else _smooth_image
-        cameras = [embodiment.camera(name) for name in manifest.cameras]
-        observations.append(
-            Observation(
-                images={c.name: make(rng, c.height, c.width) for c in cameras},
-                state=np.clip(embodiment.home() + spread, lower, upper).astype(np.float32),
-                instruction=instructions[index % len(instructions)],
-                capture_ns=index,
-            )
+def _build(
+    bundle: Bundle,
+    compiler: Backend,
+    precision: str,
+    folder: Path,
+    observations: Sequence[Observation],
+    ranges: Sequence[Observation],
+    source: str,
+    limits: ParityLimits | None,
+    *,
+    force: bool,
+) -> Engine:
+    key = engine_key(bundle, compiler.name, precision)
+    graph = exported_graph(bundle, compiler.precisions[precision], folder, force=force)
+    with whole_directory(folder / key) as scratch:
+        share(graph.path / PROMPT, scratch / PROMPT)
+        if precision == "int8":
+            with _quantised(bundle, graph, ranges, folder) as step:
+                compiler.build(step, scratch)
+        else:
+            compiler.build(graph.path / STEP, scratch)
+        record = EngineRecord(
+            key=key,
+            backend=compiler.name,
+            precision=precision,
+            opset=OPSET,
+            bundle_id=bundle.id,
+            versions={**graph.versions, compiler.name: compiler.version()},
+            parity=None,
+            created_ns=time.time_ns(),
+            files=entries(scratch),
         )
-    return observations
+        if compiler.machine() is not None:
+            session = CompiledSession(Engine(scratch, record), compiler)
+            record = _certified(bundle, session, record, observations, source, limits)
+        (scratch / SIDECAR).write_bytes(_encoded(record))
+    return load_engine(folder / key, bundle)
 
 
-def load_observations(path: Path, manifest: Manifest) -> list[Observation]:
-    """Return the recorded observations in an ``.npz`` file.
+def _certify(
+    bundle: Bundle,
+    compiler: Backend,
+    engine: Engine,
+    observations: Sequence[Observation],
+    source: str,
+    limits: ParityLimits | None,
+) -> Engine:
+    """Give an engine that was built elsewhere, or ahead of time, a certificate of this machine."""
+    if compiler.machine() is None:
+        return engine
+    session = CompiledSession(engine, compiler)
+    record = _certified(bundle, session, engine.record, observations, source, limits)
+    write_atomic(engine.path / SIDECAR, _encoded(record))
+    return load_engine(engine.path, bundle)
 
-    It holds ``state`` (N, D) float32, ``image/<camera>`` (N, H, W, 3) uint8 for each camera of the
-    policy, and optionally ``instruction`` (N,) text.
 
-    Raises:
-        ObservationError: the file is missing, or does not hold these.
-    """
-    remedy = "record state, image/<camera> and instruction with numpy.savez"
+def _certified(
+    bundle: Bundle,
+    session: Session,
+    record: EngineRecord,
+    observations: Sequence[Observation],
+    source: str,
+    limits: ParityLimits | None,
+) -> EngineRecord:
+    parity = measure_parity(
+        bundle, session, observations, source=source, limits=limits or LIMITS[record.precision]
+    )
+    if not parity.passed:
+        raise CompileError(
+            f"the engine disagrees with torch ({parity})",
+            "do not use it: choose another precision or back end, or report the bundle",
+        )
+    return msgspec.structs.replace(record, parity=parity)
+
+
+@contextlib.contextmanager
+def _quantised(bundle: Bundle, graph: Graph, ranges: Sequence[Observation], folder: Path) -> Iterator[Path]:
+    """Yield the graph in int8, which is gone afterwards."""
+    from policy_server.quantise import quantise
+
+    processor = PolicyProcessor.from_bundle(bundle)
+    prompt = PromptConstants(graph.path / PROMPT)
+    given = []
+    for observation in ranges:
+        inputs = processor.inputs(observation)
+        _, constants = prompt(inputs)
+        words = ("input_ids", "attention_mask")
+        given.append({**{k: v for k, v in inputs.items() if k not in words}, **constants})
+    scratch = folder / f".int8-{graph.path.name}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
     try:
-        with np.load(path, allow_pickle=False) as data:
-            arrays: Mapping[str, NDArray[Any]] = {name: data[name] for name in data.files}
-        states = arrays["state"]
-        images = {name: arrays[f"image/{name}"] for name in manifest.cameras}
-    except OSError as error:
-        raise ObservationError(f"{path} cannot be read: {error.strerror or error}", remedy) from error
-    except (KeyError, ValueError) as error:
-        raise ObservationError(f"{path} holds no observations: {error}", remedy) from error
-    default = next(iter(manifest.instructions.values()), "")
-    instructions = [str(x) for x in arrays.get("instruction", np.array([default] * len(states)))]
-    if {len(instructions), *map(len, images.values())} != {len(states)}:
-        raise ObservationError(f"the arrays of {path} have different lengths", remedy)
-    observations = [
-        Observation(
-            images={name: stack[i] for name, stack in images.items()},
-            state=states[i],
-            instruction=instructions[i],
-            capture_ns=i,
+        quantise(graph.path / STEP, scratch / STEP, given)
+        yield scratch / STEP
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _parted(
+    observations: Sequence[Observation],
+) -> tuple[Sequence[Observation], Sequence[Observation]]:
+    """Return observations to compare on, and others to take int8's ranges from."""
+    if len(observations) < 4:
+        raise ObservationError(
+            f"{len(observations)} observations are too few to quantise with", "give at least 4"
         )
-        for i in range(len(states))
-    ]
-    for observation in observations:
-        check_observation(observation, manifest.embodiment, manifest.cameras)
-    return observations
+    every = max(2, len(observations) // _CALIBRATED)
+    ranges = list(observations[::every])
+    return [o for i, o in enumerate(observations) if i % every], ranges
 
 
 def _remove_engine(bundle: Bundle, key: str) -> None:
@@ -299,36 +271,5 @@ def _remove_engine(bundle: Bundle, key: str) -> None:
             shutil.rmtree(folder / key)
 
 
-def _noise_image(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
-    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def _smooth_image(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
-    """Return a few broad colour blobs on a plain ground, so that edges and flat parts occur."""
-    y, x = np.mgrid[0:height, 0:width]
-    image = np.broadcast_to(rng.uniform(40, 215, 3), (height, width, 3)).copy()
-    for _ in range(4):
-        centre = rng.uniform((0, 0), (height, width))
-        radius = rng.uniform(0.05, 0.25) * height
-        inside = (y - centre[0]) ** 2 + (x - centre[1]) ** 2 < radius**2
-        image[inside] = rng.uniform(0, 255, 3)
-    return image.astype(np.uint8)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's progress and warnings off the terminal; debug logging shows them."""
-    noisy = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in noisy]
-    printed = io.StringIO()
-    try:
-        for logger in noisy:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(printed):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(noisy, levels, strict=True):
-            logger.setLevel(level)
-        if printed.getvalue():
-            _log.debug("exporter: %s", printed.getvalue())
+def _encoded(record: EngineRecord) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(record, order="sorted"), indent=1) + b"\n"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simplevla.errors import SimplevlaError
+
+NumberType: TypeAlias = Literal["fp32", "fp16", "bf16"]
 
 
 class EngineError(SimplevlaError):
@@ -23,7 +26,7 @@ class SessionInfo:
     """What computes the network.
 
     Attributes:
-        backend: ``onnxruntime`` or ``torch``.
+        backend: one of ``policy_server.backends.BACKENDS``.
         version: of the library that computes.
         device: such as ``cpu``.
         precision: such as ``fp32``.
@@ -66,4 +69,54 @@ class Session(Protocol):
             inputs: what the policy's processor makes of an observation: ``frames`` uint8
                 (B, cameras, H, W, 3), ``input_ids`` and ``attention_mask`` int64 (B, L),
                 ``proprio`` float32 (B, P).
+        """
+
+
+class Step(Protocol):
+    """A compiled step graph, loaded; see ``simplevla.policy.folded``."""
+
+    def set_constants(self, constants: Mapping[str, NDArray[np.float32]]) -> None:
+        """Take what the prompt graph answered, for all runs until the next call."""
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """Return the logits (1, K * D, 256) of ``frames``, ``proprio`` and ``prefix`` if there is one."""
+
+
+class Backend(Protocol):
+    """Something that compiles an exported step graph and computes it.
+
+    Attributes:
+        name: what it is called on the command line.
+        precisions: {precision it computes in: number type of the graph that it is given}.
+        step_file: name of the file that :meth:`build` leaves.
+    """
+
+    name: str
+    precisions: Mapping[str, NumberType]
+    step_file: str
+
+    def version(self) -> str:
+        """Return the library's version; MissingExtraError if it is not installed."""
+
+    def device(self) -> str:
+        """Return what an engine is made for: ``cpu``, or the accelerator, its driver included."""
+
+    def machine(self) -> str | None:
+        """Return the identity of what computes here; None where nothing here can run its engines."""
+
+    def build(self, step: Path, folder: Path) -> None:
+        """Make :attr:`step_file` in ``folder`` of the ONNX file ``step``, already of the right precision.
+
+        Raises:
+            EngineError: it cannot be built.
+        """
+
+    def open(self, folder: Path, precision: str, options: SessionOptions, *, cache: Path) -> Step:
+        """Load :attr:`step_file` from ``folder``.
+
+        Args:
+            cache: folder for what the library itself wants to keep.
+
+        Raises:
+            EngineError: the library does not take it, or would compute it elsewhere than asked for.
         """

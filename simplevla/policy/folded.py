@@ -9,8 +9,9 @@ beforehand to be done beforehand. A trained network becomes two graphs of static
 
 Attention is bidirectional and every token's position is given, so that the order of the tokens is
 free: constants lie together at the end. The last layer answers for the action slots alone. The smooth
-head becomes one linear layer; queries, keys and values one product with the attention's scale in it;
-the resampling of a frame skips the pixel rows that an output row does not see.
+head becomes one linear layer; a convolution takes in the norm behind it; queries, keys and values are
+one product, with the attention's scale in it; the resampling of a frame skips the pixel rows that an
+output row does not see.
 """
 
 from __future__ import annotations
@@ -21,11 +22,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import fuse_conv_bn_eval
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+from transformers.models.resnet.modeling_resnet import ResNetConvLayer, ResNetShortCut
 
 from simplevla.policy.network import Resample, SmoothHead, VLANetwork
 
 CONSTANT_NAMES = ("constants", "mask", "cosine", "sine")
+_HIDDEN = (
+    -3e4
+)  # what is added where a token is not seen: nothing is left of it, and half precision holds it
 _BLOCK_ROWS = 12  # about so many output rows to one block of the resampling
 
 
@@ -47,10 +53,10 @@ class PromptGraph(nn.Module):
 
     tail: Tensor
 
-    def __init__(self, network: VLANetwork, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, network: VLANetwork) -> None:
         """Take what is needed of ``network``, which stays as it is."""
         super().__init__()
-        self.embed = nn.Embedding.from_pretrained(network.decoder.embed_tokens.weight.detach().to(dtype))
+        self.embed = nn.Embedding.from_pretrained(network.decoder.embed_tokens.weight.detach().float())
         self.rotary = network.decoder.rotary_emb
         config = network.network
         slots = (
@@ -59,7 +65,7 @@ class PromptGraph(nn.Module):
             else network.slots.detach()
         )
         end = network.decoder.embed_tokens.weight[2:3].detach()
-        self.register_buffer("tail", torch.cat([slots, end])[None].to(dtype))
+        self.register_buffer("tail", torch.cat([slots, end])[None].float())
         self._looks = visual_token_count(network) + 1
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -70,8 +76,8 @@ class PromptGraph(nn.Module):
             attention_mask: (1, L) int64, 1 where ``input_ids`` is no padding.
 
         Returns:
-            (1, C, hidden) constant tokens (prompt, slots, end), (1, 1, 1, S) additive mask, and
-            (1, 1, S, head size) cosines and sines of all S tokens' positions.
+            All float32: (1, C, hidden) constant tokens (prompt, slots, end), (1, 1, 1, S) additive mask,
+            and (1, 1, S, head size) cosines and sines of all S tokens' positions.
         """
         constants = torch.cat([self.embed(input_ids), self.tail], dim=1)
         one = torch.ones_like(attention_mask[:, :1])
@@ -79,10 +85,9 @@ class PromptGraph(nn.Module):
         start, words = attention_mask[:, :1], attention_mask[:, 1:]
         valid = torch.cat([start, looks, words, tail], dim=1)
         positions = (valid.cumsum(dim=1) - 1).clamp(min=0)
-        dtype = constants.dtype
-        seen = self._constants_last(valid)[:, None, None, :].to(dtype)
+        seen = self._constants_last(valid)[:, None, None, :].float()
         cosine, sine = self.rotary(constants, self._constants_last(positions))
-        return constants, (1 - seen) * torch.finfo(dtype).min, cosine[:, None], sine[:, None]
+        return constants, (1 - seen) * _HIDDEN, cosine[:, None], sine[:, None]
 
     def _constants_last(self, row: Tensor) -> Tensor:
         """Move the start token from before the picture's tokens to behind them."""
@@ -104,6 +109,7 @@ class StepGraph(nn.Module):
         folding = folding or Folding()
         config = network.network
         self._sees = network.visual_tokens
+        _fuse_norms(network.encoders)
         self.eyes = nn.ModuleList([network.encoders, *([network.mixer] if network.mixer else [])])
         self.resample = BlockResample(network.resample) if folding.blocks else network.resample
         self.projector, self.proprio_projector = network.projector, network.proprio_projector
@@ -141,6 +147,7 @@ class StepGraph(nn.Module):
             prefix: (1, K * D) int64 bins of committed actions, -1 where a slot is free; for networks
                 whose head has a prefix.
         """
+        constants, mask, cosine, sine = (x.to(self.dtype) for x in (constants, mask, cosine, sine))
         visual = self.projector(self._sees(self.resample(frames)))
         unit = (proprio - self.proprio_low) * self.proprio_scale - 1
         body = self.proprio_projector(unit.clamp(-1, 1).to(self.dtype))[:, None]
@@ -270,6 +277,16 @@ def _turned(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Return rotary embeddings of ``heads`` (..., S, head size)."""
     first, second = heads.chunk(2, dim=-1)
     return heads * cosine + torch.cat([-second, first], dim=-1) * sine
+
+
+def _fuse_norms(encoders: nn.Module) -> None:
+    """Fuse every batch norm into the convolution before it, in place."""
+    for module in encoders.modules():
+        if isinstance(module, ResNetConvLayer | ResNetShortCut) and isinstance(
+            module.normalization, nn.BatchNorm2d
+        ):
+            convolution = fuse_conv_bn_eval(module.convolution.eval(), module.normalization.eval())
+            module.convolution, module.normalization = convolution, nn.Identity()
 
 
 def _linear(weight: Tensor) -> nn.Linear:

@@ -10,7 +10,6 @@ Preprocessing is a part of the graph: raw uint8 frames and raw proprioception go
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -231,13 +230,6 @@ class VLANetwork(PreTrainedModel):
         """Set the (P,) range of proprioception."""
         self.proprio_low.copy_(torch.as_tensor(low, dtype=torch.float32))
         self.proprio_high.copy_(torch.as_tensor(high, dtype=torch.float32))
-
-    def fold(self) -> VLANetwork:
-        """Return a network of equal outputs whose head is one plain linear layer, for export."""
-        folded = copy.deepcopy(self)
-        if isinstance(folded.head, SmoothHead):
-            folded.head = folded.head.fold()
-        return folded
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave every weight as its own class drew it: the parts are initialised where they are made."""

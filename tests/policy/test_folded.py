@@ -74,7 +74,7 @@ def test_half_precision_stays_near(config: NetworkConfig, dtype: torch.dtype) ->
     network = make_network(config).eval()
     inputs = inputs_of(config, 3)
     want = network(**inputs)
-    prompt, step = PromptGraph(network, dtype), StepGraph(network, dtype)
+    prompt, step = PromptGraph(network), StepGraph(network, dtype)
     have = step(inputs["frames"], inputs["proprio"], *prompt(inputs["input_ids"], inputs["attention_mask"]))
     assert have.dtype == torch.float32
     assert (have - want).abs().max() < 0.1 * want.abs().max()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 import shutil
 import signal
@@ -16,17 +18,22 @@ import pytest
 
 from policy_server.backends import open_session
 from policy_server.backends.base import EngineError, SessionOptions
-from policy_server.backends.onnx_runtime import MODEL, OnnxRuntimeSession
+from policy_server.backends.onnx_runtime import OnnxRuntime, cpu_session
 from policy_server.backends.torch_reference import TorchSession
 from policy_server.client import PolicyClient
-from policy_server.compiler import (
-    CompileError,
-    compile_bundle,
-    load_observations,
-    measure_parity,
-    plausible_observations,
+from policy_server.compiler import compile_bundle, measure_parity
+from policy_server.engines import (
+    LIMITS,
+    SIDECAR,
+    Engine,
+    ParityLimits,
+    check_golden,
+    engine_key,
+    find_engine,
 )
-from policy_server.engines import SIDECAR, Engine, ParityLimits, engine_key, find_engine
+from policy_server.graphs import PROMPT, STEP, CompileError
+from policy_server.machine import processor
+from policy_server.observations import load_observations, plausible_observations
 from policy_server.served_policy import ServedPolicy
 from simplevla.bundle import WEIGHTS, Bundle, load_bundle
 from simplevla.embodiment import Embodiment
@@ -84,21 +91,22 @@ def test_an_engine_carries_its_certificate(engine: Engine, bundle: Bundle) -> No
     assert record.parity.observations == 32
     assert record.parity.worst_logit_error < 1e-3
     assert {"torch", "onnx", "onnxruntime"} <= record.versions.keys()
-    assert {file.name for file in engine.path.iterdir()} == {MODEL, SIDECAR}
+    assert {file.name for file in engine.path.iterdir()} == {PROMPT, STEP, SIDECAR}
 
 
 def test_a_graph_holds_its_weights_once_and_no_paths(engine: Engine, bundle: Bundle) -> None:
-    assert len(engine.model) < bundle.weights_path.stat().st_size + 400_000
-    assert b".py" not in engine.model
+    models = [(engine.path / name).read_bytes() for name in (PROMPT, STEP)]
+    assert sum(map(len, models)) < bundle.weights_path.stat().st_size + 400_000
+    assert all(b".py" not in model for model in models)
 
 
 def test_a_graph_is_static_and_takes_raw_frames(engine: Engine) -> None:
     import onnx
 
-    graph = onnx.load_from_string(engine.model).graph
+    graph = onnx.load(engine.path / STEP).graph
     shapes = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in graph.input}
     assert shapes["frames"] == [1, 1, 48, 64, 3]
-    assert shapes.keys() == {"frames", "input_ids", "attention_mask", "proprio"}
+    assert shapes.keys() == {"frames", "proprio", "constants", "mask", "cosine", "sine"}
     assert all(size > 0 for shape in shapes.values() for size in shape)
 
 
@@ -113,7 +121,7 @@ def test_both_back_ends_give_the_same_actions(engine: Engine, bundle: Bundle, ob
     answers = []
     for backend, options in (("torch", None), ("onnxruntime", SessionOptions(threads=1, spin=True))):
         session = open_session(bundle, backend, options)
-        assert (session.info.backend, session.info.device) == (backend, "cpu")
+        assert session.info.backend == backend
         policy = ServedPolicy.of(bundle, session)
         answers.append([policy.answer(observe(seed))[0].actions for seed in range(4)])
     np.testing.assert_allclose(answers[0], answers[1], atol=1e-5)
@@ -126,34 +134,124 @@ def test_an_engine_of_other_weights_fails_the_parity_gate(
     other = TorchSession(write_small_bundle(tmp_path / "other", 1))
     observations = plausible_observations(bundle.manifest, count=4, seed=0)
     same = measure_parity(
-        bundle, TorchSession(bundle), observations, source="synthetic", limits=ParityLimits()
+        bundle, TorchSession(bundle), observations, source="synthetic", limits=LIMITS["fp32"]
     )
     assert same.passed
     assert (same.agreement, same.worst_joint_error_rad) == (1.0, 0.0)
-    different = measure_parity(bundle, other, observations, source="synthetic", limits=ParityLimits())
+    different = measure_parity(bundle, other, observations, source="synthetic", limits=LIMITS["fp32"])
     assert not different.passed
     assert different.agreement < 0.9
 
 
-def test_a_failed_parity_check_leaves_nothing(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    shutil.copytree(bundle.path, tmp_path / "copy", ignore=shutil.ignore_patterns("engines"))
-    copy = load_bundle(tmp_path / "copy")
-    before = files_below(tmp_path)
-    impossible = ParityLimits(min_agreement=1.1)
+def test_a_failed_parity_check_leaves_no_engine(compiled: Bundle) -> None:
+    shutil.rmtree(find_engine(compiled, "onnxruntime").path)
+    before = files_below(compiled.path)
+    impossible = ParityLimits(min_agreement=1.1, max_joint_error_rad=1, max_gripper_error_m=1)
+    observations = plausible_observations(compiled.manifest, count=1, seed=0)
     with pytest.raises(CompileError, match="disagrees with torch"):
-        compile_bundle(
-            copy, limits=impossible, observations=plausible_observations(copy.manifest, count=1, seed=0)
-        )
-    assert files_below(tmp_path) == before
+        compile_bundle(compiled, limits=impossible, observations=observations)
+    assert files_below(compiled.path) == before
+
+
+def test_every_back_end_on_this_processor_shares_one_export(compiled: Bundle) -> None:
+    pytest.importorskip("openvino")
+    graphs = list((compiled.path / "engines").glob("graph-*"))
+    engine = compile_bundle(compiled, "openvino")
+    assert engine.record.parity is not None
+    assert engine.record.parity.agreement == 1.0
+    assert list((compiled.path / "engines").glob("graph-*")) == graphs
+    assert (engine.path / STEP).samefile(graphs[0] / STEP)
+    session = open_session(compiled, "openvino", SessionOptions(threads=1))
+    check_golden(compiled, session)
+
+
+def test_golden_answers_tell_a_session_from_another(compiled: Bundle) -> None:
+    session = open_session(compiled, "onnxruntime")
+    check_golden(compiled, session)
+    check_golden(compiled, TorchSession(compiled))
+    sidecar = find_engine(compiled, "onnxruntime").path / SIDECAR
+    record = json.loads(sidecar.read_text())
+    golden = record["parity"]["golden"]
+    record["parity"]["golden"] = [[(b + 9) % 256 for b in row] for row in golden]
+    sidecar.write_text(json.dumps(record))
+    with pytest.raises(EngineError, match="does not answer as it did"):
+        check_golden(compiled, session)
+
+
+def test_a_quantised_engine_is_kept_by_agreement_alone_and_for_this_machine(compiled: Bundle) -> None:
+    anything = ParityLimits(min_agreement=0.0, max_joint_error_rad=10, max_gripper_error_m=1)
+    engine = compile_bundle(compiled, precision="int8", limits=anything)
+    parity = engine.record.parity
+    assert parity is not None
+    assert parity.agreement < 1.0, "integers would round nothing"
+    assert parity.machine == processor()
+    assert open_session(compiled, "onnxruntime", precision="int8").info.precision == "int8"
+    sidecar = engine.path / SIDECAR
+    sidecar.write_text(sidecar.read_text().replace(processor(), "another machine"))
+    with pytest.raises(EngineError, match="another machine"):
+        find_engine(compiled, "onnxruntime", "int8")
+    before = (engine.path / STEP).stat().st_mtime_ns
+    again = compile_bundle(compiled, precision="int8", limits=anything)
+    assert again.record.parity is not None
+    assert again.record.parity.machine == processor()
+    assert (again.path / STEP).stat().st_mtime_ns == before, "what only lacked a check was built again"
+
+
+def test_a_precision_that_a_back_end_lacks_is_named(bundle: Bundle) -> None:
+    with pytest.raises(ConfigError, match="unknown precision of onnxruntime 'bf16'"):
+        compile_bundle(bundle, "onnxruntime", "bf16")
+
+
+def test_a_provider_that_is_not_there_is_no_other_one(compiled: Bundle) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    engine = compile_bundle(compiled, "onnxruntime-cuda")
+    assert engine.record.parity is None
+    with pytest.raises(EngineError, match="never run"):
+        open_session(compiled, "onnxruntime-cuda")
+    with pytest.raises(EngineError, match="has no CUDAExecutionProvider"):
+        OnnxRuntime("onnxruntime-cuda").open(engine.path, "fp32", SessionOptions(), cache=compiled.path)
+
+
+def test_constants_follow_the_instruction(compiled: Bundle, observe: Observe) -> None:
+    """Two instructions in turn give what each gives alone."""
+    ours, reference = open_session(compiled, "onnxruntime"), TorchSession(compiled)
+    processor_ = ServedPolicy.of(compiled, reference).processor
+    first = observe(1)
+    other = dataclasses.replace(first, instruction="lift the pot")
+    for observation in (first, other, first, other):
+        inputs = processor_.inputs(observation)
+        np.testing.assert_allclose(ours.run(inputs), reference.run(inputs), atol=1e-4)
+
+
+def test_inspect_names_what_is_there_and_what_may_be_served(compiled: Bundle) -> None:
+    status, output, _ = run("inspect", str(compiled.path), "--json")
+    facts = json.loads(output)
+    assert (status, facts["policy_id"]) == (0, compiled.id)
+    assert facts["parameters"] == sum(value.size for value in compiled.weights().values())
+    assert [(e["backend"], e["usable"]) for e in facts["engines"]] == [("onnxruntime", True)]
+    spoil_model(find_engine(compiled, "onnxruntime").path)
+    status, output, _ = run("inspect", str(compiled.path))
+    assert status == 0
+    assert "not usable here" in output
+    assert compiled.manifest.instructions["move_can_pot"] in output
+
+
+def test_bench_compares_what_is_named(compiled: Bundle) -> None:
+    arguments = ["--backend", "torch", "--backend", "onnxruntime", "--rounds", "10", "--threads", "1"]
+    status, output, errors = run("bench", str(compiled.path), *arguments)
+    assert status == 0, errors
+    rows = [line for line in output.splitlines() if line.startswith(("| torch", "| onnxruntime"))]
+    assert len(rows) == 4
+    assert rows[0].endswith("| 1.00 |")
 
 
 def spoil_model(folder: Path) -> None:
-    data = bytearray((folder / MODEL).read_bytes())
+    data = bytearray((folder / STEP).read_bytes())
     data[len(data) // 2] ^= 1
-    (folder / MODEL).write_bytes(data)
+    (folder / STEP).write_bytes(data)
 
 
 def spoil_sidecar(folder: Path) -> None:
@@ -171,7 +269,7 @@ def spoil_certificate(folder: Path) -> None:
 
 
 def lose_model(folder: Path) -> None:
-    (folder / MODEL).unlink()
+    (folder / STEP).unlink()
 
 
 @pytest.mark.parametrize(
@@ -203,9 +301,10 @@ def test_an_engine_goes_to_the_cache_if_the_bundle_cannot_be_written_to(
     assert find_engine(copy, "onnxruntime").record == made.record
 
 
-def test_onnxruntime_refuses_what_is_no_model() -> None:
+def test_onnxruntime_refuses_what_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / STEP).write_bytes(b"not a model")
     with pytest.raises(EngineError, match="refuses"):
-        OnnxRuntimeSession(b"not a model")
+        cpu_session(tmp_path / STEP, SessionOptions())
 
 
 def test_an_unknown_back_end_is_named(bundle: Bundle) -> None:

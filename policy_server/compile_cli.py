@@ -1,0 +1,137 @@
+"""``simplevla compile``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from policy_server.backends import COMPILED_BACKENDS, DEFAULT_BACKEND, PRECISIONS
+from simplevla.cli import Command, whole_number
+
+if TYPE_CHECKING:
+    from policy_server.engines import ParityLimits
+
+_EPILOG = """\
+Exports the network to ONNX once, builds the engine, compares it with torch, and keeps it only if both
+answer alike: in the bundle's folder engines/, or in ~/.cache/simplevla if that cannot be written to. The
+certificate lies beside the engine. An engine fits one version of the bundle, of the back end and of
+simplevla; "simplevla serve" says when a new one is needed. In a lower precision, or on a GPU, the
+certificate holds on the machine that gave it: run this again on the one that serves.
+
+tensorrt-rtx and onnxruntime's GPU providers can be compiled ahead of time where there is no GPU; nothing
+serves such an engine before this was run again where it can be checked.
+
+examples:
+  simplevla compile bundles/move_can_pot
+  simplevla compile bundles/move_can_pot --backend openvino
+  simplevla observe bundles/move_can_pot --count 500 --out recorded.npz
+  simplevla compile bundles/move_can_pot --force --observations recorded.npz \\
+      --min-agreement 1 --max-joint-error 1e-4
+"""
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EPILOG
+    parser.add_argument(
+        "bundle",
+        type=Path,
+        metavar="BUNDLE",
+        help="folder of the policy bundle, such as bundles/move_can_pot",
+    )
+    parser.add_argument(
+        "--backend",
+        default=DEFAULT_BACKEND,
+        choices=COMPILED_BACKENDS,
+        help=f"what the engine is for (default: {DEFAULT_BACKEND})",
+    )
+    parser.add_argument(
+        "--precision",
+        default="fp32",
+        choices=PRECISIONS,
+        help="what it computes in; int8 takes its ranges from part of the observations (default: fp32)",
+    )
+    parser.add_argument(
+        "--observations",
+        type=Path,
+        metavar="FILE.npz",
+        help="recorded observations to compare on, from simplevla observe; default: made-up ones",
+    )
+    parser.add_argument(
+        "--count",
+        type=whole_number(1, 100_000),
+        default=32,
+        help="how many observations to make up (default: 32)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=whole_number(0, 2**31 - 1),
+        default=0,
+        help="decides the made-up observations (default: 0)",
+    )
+    parser.add_argument(
+        "--min-agreement",
+        type=_share,
+        metavar="SHARE",
+        help="least share of equal likeliest bins (default: by precision)",
+    )
+    parser.add_argument(
+        "--max-joint-error",
+        type=_share,
+        metavar="RAD",
+        help="largest difference between two joint targets, rad (default: by precision)",
+    )
+    parser.add_argument("--force", action="store_true", help="build again even if there is an engine")
+
+
+def _compile(args: argparse.Namespace) -> int:
+    from policy_server.compiler import compile_bundle
+    from policy_server.observations import load_observations, plausible_observations
+    from simplevla.bundle import load_bundle
+
+    bundle = load_bundle(args.bundle)
+    if args.observations is not None:
+        observations, source = load_observations(args.observations, bundle.manifest), args.observations.name
+    else:
+        observations = plausible_observations(bundle.manifest, count=args.count, seed=args.seed)
+        source = "synthetic"
+    engine = compile_bundle(
+        bundle,
+        args.backend,
+        args.precision,
+        observations=observations,
+        source=source,
+        limits=_limits(args),
+        force=args.force,
+    )
+    print(f"engine: {engine.path}")
+    if engine.record.parity is None:
+        print(
+            "built ahead of time; nothing here can run it: run the same command on the machine that serves"
+        )
+    else:
+        print(f"parity with torch: {engine.record.parity}")
+    return 0
+
+
+def _limits(args: argparse.Namespace) -> ParityLimits:
+    import msgspec
+
+    from policy_server.engines import LIMITS
+
+    limits = LIMITS[args.precision]
+    if args.min_agreement is not None:
+        limits = msgspec.structs.replace(limits, min_agreement=args.min_agreement)
+    if args.max_joint_error is not None:
+        limits = msgspec.structs.replace(limits, max_joint_error_rad=args.max_joint_error)
+    return limits
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0..1")
+    return value
+
+
+COMPILE = Command("compile a policy bundle for the machine that serves it", _configure, _compile)
