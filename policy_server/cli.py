@@ -92,6 +92,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         help="show /metrics (Prometheus) and /health on 127.0.0.1:PORT, 0 for a free one",
     )
     parser.add_argument(
+        "--openpi-port",
+        type=whole_number(0, 65535),
+        metavar="PORT",
+        help="also answer openpi's unmodified websocket client on 127.0.0.1:PORT, 0 for a free one",
+    )
+    parser.add_argument(
         "--threads",
         type=whole_number(0, 1024),
         default=0,
@@ -122,7 +128,7 @@ def _serve(args: argparse.Namespace) -> int:
         batch_wait_s=1e-3 * args.batch_wait_ms,
         metrics=metrics,
     )
-    bundle = load_bundle(args.bundle)
+    bundle = load_bundle(args.bundle.resolve())  # a link may move on while it is read
     with contextlib.ExitStack() as resources:
         server = resources.enter_context(PolicyServer(_open_policy(bundle, args), args.address, options))
         swap = HotSwap(
@@ -138,6 +144,11 @@ def _serve(args: argparse.Namespace) -> int:
         if metrics is not None:
             page = resources.enter_context(MetricsPage(metrics, args.metrics_port, server.health))
             _log.info("metrics on http://127.0.0.1:%d/metrics, process %d", page.port, os.getpid())
+        if args.openpi_port is not None:
+            from policy_server.openpi import OpenpiEndpoint
+
+            endpoint = resources.enter_context(OpenpiEndpoint(server, args.openpi_port))
+            _log.info("openpi's clients are answered at ws://127.0.0.1:%d", endpoint.port)
         who = f"{bundle.manifest.name} {bundle.id[:12]}"
         print(f"ready: {who} on {server.address} ({args.backend})", flush=True)
         server.serve()

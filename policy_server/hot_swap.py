@@ -79,7 +79,7 @@ class HotSwap:
         while self._asked.wait() and not self._ending.is_set():
             self._asked.clear()
             try:
-                bundle = load_bundle(self._path)
+                bundle = load_bundle(self._path.resolve())  # a link may move on while it is read
                 if bundle.id == self._server.policy_id:
                     _log.info("%s holds the policy that is served already", self._path)
                     continue

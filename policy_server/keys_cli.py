@@ -11,14 +11,17 @@ _EPILOG = """\
 The server proves who it is, and lets in the clients whose public keys it has. Secret keys never leave the
 machine they were made on; public ones may be sent by any way that nobody can change them on.
 
-  on the server          simplevla keys new server
-  on the robot PC        simplevla keys new robot
-  robot.public -> server simplevla keys allow robot.public
-  server.public -> robot simplevla keys trust server.public
+On the robot PC the trial and bring-up find their keys by SIMPLEVLA_KEYS=~/.config/simplevla/keys. A
+client that is forgotten cannot connect any more; a connection it has lasts until it ends.
 
-then: simplevla serve BUNDLE --address tcp://0.0.0.0:5555 --keys ~/.config/simplevla/keys
-On the robot PC the trial and bring-up find their keys by SIMPLEVLA_KEYS=~/.config/simplevla/keys.
-A client that is forgotten cannot connect any more; a connection it has lasts until it ends.
+examples, on the server:
+  simplevla keys new server
+  simplevla keys allow robot.public             after it was copied from the robot PC
+  simplevla serve BUNDLE --address tcp://0.0.0.0:5555 --keys ~/.config/simplevla/keys
+
+and on the robot PC:
+  simplevla keys new robot
+  simplevla keys trust server.public            after it was copied from the server
 """
 
 
