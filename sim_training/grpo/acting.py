@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -28,15 +29,26 @@ class ActingNetwork:
     """
 
     def __init__(
-        self, bundle: Bundle, instructions: Sequence[str], *, keep_tokens: bool, device: str = "cpu"
+        self,
+        bundle: Bundle,
+        instructions: Sequence[str],
+        *,
+        keep_tokens: bool,
+        device: str = "cpu",
+        precision: str = "fp32",
     ) -> None:
         """Load the bundle's network.
 
         Args:
             instructions: the run's prompts, in the order of ``Looks.prompts``.
             keep_tokens: whether trajectories keep visual tokens in the place of images.
+            precision: "fp32" or "bf16", of the weights and of what is computed with them.
         """
         self.network = load_network(bundle).requires_grad_(False).to(device)
+        self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        for parameter in self.network.parameters():
+            if parameter.ndim > 1:  # what normalises stays precise, and is small
+                parameter.data = parameter.data.to(self._dtype)
         self._device = device
         self._slots = varied_slots(bundle).to(device)
         self._keep_tokens = keep_tokens
@@ -54,14 +66,15 @@ class ActingNetwork:
         if not len(looks):
             shape = (0, network.network.chunk_length, network.network.dimension)
             return Answer(np.empty(shape, np.uint8))
-        tokens = network.visual_tokens(torch.from_numpy(looks.images).to(self._device).float() / 255)
-        prompts = torch.from_numpy(looks.prompts)
-        logits = network.decode(
-            tokens,
-            self.input_ids[prompts].to(self._device),
-            self.attention_mask[prompts].to(self._device),
-            torch.from_numpy(looks.proprio).to(self._device),
-        )
+        prompts = torch.tensor(looks.prompts)
+        with lower_precision(self._device, self._dtype):
+            tokens = network.visual_tokens(torch.tensor(looks.images, device=self._device).float() / 255)
+            logits = network.decode(
+                tokens,
+                self.input_ids[prompts].to(self._device),
+                self.attention_mask[prompts].to(self._device),
+                torch.tensor(looks.proprio, device=self._device),
+            )
         logits = logits[:, self._slots]
         if temperature > 0:
             drawn = torch.from_numpy(uniform(looks, key, len(self._slots))).to(self._device)
@@ -82,6 +95,11 @@ class ActingNetwork:
         state = self.network.state_dict()
         for name, value in weights:
             state[name].copy_(value)
+
+
+def lower_precision(device: Any, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Return the context in which matrix products are computed in ``dtype``; for float32, as ever."""
+    return torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def sample(logits: Tensor, temperature: float, drawn: Tensor) -> Tensor:

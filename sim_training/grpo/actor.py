@@ -88,7 +88,11 @@ class LocalActor:
             WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
         )
         self._settings = settings
-        self._worker = VLAWorker(str(bundle.path), tuple(instructions), settings)
+        try:
+            self._worker = VLAWorker(str(bundle.path), tuple(instructions), settings)
+        except BaseException:
+            torch.distributed.destroy_process_group()
+            raise
 
     def __enter__(self) -> LocalActor:
         return self

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray._private import ray_constants
 from torch import Tensor
 
 import sim_training.grpo.platform  # noqa: F401 - before anything of verl that asks for a device
@@ -47,12 +48,8 @@ def cluster(placement: PlacementSettings) -> Iterator[None]:
     else:
         # Logical processors: a small machine has fewer than there are processes, which take turns.
         wanted = 1 + placement.learners + placement.actors + placement.environment_workers
-        ray.init(
-            num_cpus=max(wanted, os.cpu_count() or 1),
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            **quiet,
-        )
+        with _loopback():
+            ray.init(num_cpus=max(wanted, os.cpu_count() or 1), include_dashboard=False, **quiet)
     try:
         yield
     finally:
@@ -170,6 +167,7 @@ class _Acting:
             instructions,
             keep_tokens=not settings.update.train_encoder,
             device="cuda" if settings.placement.gpu else "cpu",
+            precision=settings.update.precision,
         )
 
     def act(self, looks: Looks, key: Key, temperature: float) -> Answer:
@@ -243,6 +241,21 @@ def _split(looks: Looks, parts: int) -> list[Looks]:
         )
         for rows in np.array_split(np.arange(len(looks)), parts)
     ]
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """Make a cluster that starts listen on the loopback interface: Ray does so where clusters are off.
+
+    Ray (2.60) reads that from the environment when it is imported, and takes every other way to say
+    127.0.0.1 for the host's outer address.
+    """
+    usual = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = usual
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import sim_training.grpo.platform  # noqa: F401 - before anything of verl that asks for a device
+from sim_training.grpo.acting import lower_precision
 from sim_training.grpo.algorithm import token_log_probs
 from sim_training.sft import freeze_statistics
 from simplevla.bundle import load_bundle
@@ -76,8 +77,10 @@ class LearningNetwork(VLANetwork):
 
         Args:
             seen: (B, n_cameras, 3, h, w) uint8 images, or (B, tokens, features) visual tokens.
+            proprio: (B, P) int32, the bits of float32: FSDP rounds every float that it passes to the
+                precision of the weights, which would be a millimetre of the robot's pose.
         """
-        return look(self, seen, input_ids, attention_mask, proprio)
+        return look(self, seen, input_ids, attention_mask, proprio.view(torch.float32))
 
     def train(self, mode: bool = True) -> LearningNetwork:
         """Set training mode for all but batch normalisation, which uses what serving will use."""
@@ -101,14 +104,24 @@ class VLAEngine(FSDPEngine):
         if self.rank == 0:
             network.load_state_dict({name: torch.from_numpy(v) for name, v in bundle.weights().items()})
         names = {type(module).__name__ for module in network.modules()}
+        if "BatchNorm2d" in names and config.train_encoder and self._param_dtype() != "fp32":
+            raise ConfigError(
+                "batch normalisation cannot learn in bf16",
+                "set update.precision: fp32, or train no encoder",
+            )
         network._no_split_modules = [name for name in _LAYERS if name in names]
         if not config.train_encoder:
             network.requires_grad_(False)
             for parameter in network.policy_parameters():
                 parameter.requires_grad_(True)
         if config.enable_gradient_checkpointing:
-            network.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+            for part in (network.decoder, *(encoder.model for encoder in network.encoders)):
+                if part.supports_gradient_checkpointing:
+                    part.gradient_checkpointing_enable({"use_reentrant": False})
         return network
+
+    def _param_dtype(self) -> str:
+        return str(self.engine_config.mixed_precision["param_dtype"])
 
     def _build_fsdp_module(self, module: LearningNetwork) -> nn.Module:
         module = super()._build_fsdp_module(module)
@@ -132,7 +145,9 @@ class VLAEngine(FSDPEngine):
         device = get_device_id()
         data = {name: value.to(device) for name, value in micro_batch.items() if isinstance(value, Tensor)}
         temperature = tu.get_non_tensor_data(micro_batch, "temperature", 1.0)
-        output = batch_log_probs(self.module.look, data, self.model_config, temperature)
+        data["proprio"] = data["proprio"].view(torch.int32)
+        with lower_precision(device, self._autocast_dtype):
+            output = batch_log_probs(self.module.look, data, self.model_config, temperature)
         if loss_function is None:
             return torch.ones(()), {"model_output": output, "loss": 0.0, "metrics": {}}
         loss, metrics = loss_function(
@@ -156,16 +171,21 @@ class VLAEngine(FSDPEngine):
             yield name, _whole(value)
 
     def save_full(self, folder: Path) -> None:
-        """Write weights and optimizer whole, as safetensors that any number of workers can load."""
+        """Write weights and optimizer whole, as safetensors that any number of workers can load.
+
+        The first rank alone holds them whole, in the host's memory; the others help to gather.
+        """
         first = torch.distributed.get_rank() == 0
-        weights = {name: value.cpu().contiguous() for name, value in self.full_weights()}
+        weights = {name: value.cpu().contiguous() for name, value in self.full_weights() if first}
         if first:
             save_file(weights, folder / WEIGHTS)
         del weights
         moments = {}
         for name, parameter in self.module.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                moments[f"{name}/{key}"] = _whole(torch.as_tensor(value)).cpu().contiguous()
+                whole = _whole(torch.as_tensor(value))
+                if first:
+                    moments[f"{name}/{key}"] = whole.cpu().contiguous()
         if first:
             save_file(moments, folder / OPTIMIZER)
         torch.distributed.barrier()
@@ -206,7 +226,7 @@ def look(
     network: VLANetwork, seen: Tensor, input_ids: Tensor, attention_mask: Tensor, proprio: Tensor
 ) -> Tensor:
     """Return (B, K * D, 256) logits of images or of visual tokens; see :meth:`LearningNetwork.look`."""
-    tokens = network.visual_tokens(seen.to(proprio.dtype) / 255) if seen.dtype == torch.uint8 else seen
+    tokens = network.visual_tokens(seen.float() / 255) if seen.dtype == torch.uint8 else seen
     return network.decode(tokens, input_ids, attention_mask, proprio)
 
 

@@ -6,12 +6,14 @@ The recipe is SimpleVLA-RL's (its LIBERO and RoboTwin scripts); sizes are those 
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from typing import Annotated, Literal
 
 from msgspec import Meta
 
 from simplevla.config import Config
 from simplevla.embodiment import Positive
+from simplevla.errors import MissingExtraError
 
 Count = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[float, Meta(ge=0)]
@@ -107,6 +109,8 @@ class UpdateSettings(Config, frozen=True, kw_only=True):
             playing, and updates run the decoder alone.
         precision: what weights are computed in; the optimizer's own copy is always fp32.
         gradient_checkpointing: recompute activations instead of keeping them, for large networks.
+        defer_gradients: learners exchange gradients once a mini-batch; off, after each micro-batch, which
+            spares each of them a whole gradient: off for large networks.
         parameter_offload, optimizer_offload: keep shards in the host's memory between uses.
     """
 
@@ -130,6 +134,7 @@ class UpdateSettings(Config, frozen=True, kw_only=True):
     train_encoder: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
+    defer_gradients: bool = True
     parameter_offload: bool = False
     optimizer_offload: bool = False
 
@@ -220,3 +225,13 @@ class GrpoSettings(Config, frozen=True, kw_only=True):
         if not end or self.iterations == 1:
             return start
         return start + (end - start) * min(iteration / (self.iterations - 1), 1.0)
+
+
+def require_libraries() -> None:
+    """Check that what trains is installed.
+
+    Raises:
+        MissingExtraError: verl is not.
+    """
+    if find_spec("verl") is None:
+        raise MissingExtraError("verl", "train")

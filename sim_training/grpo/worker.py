@@ -64,6 +64,7 @@ class VLAWorker(TrainingWorker):
                 instructions,
                 keep_tokens=not settings.update.train_encoder,
                 device=get_device_name(),
+                precision=settings.update.precision,
             )
 
     @register(dispatch_mode=Dispatch.ALL_TO_ALL, blocking=False)
@@ -103,8 +104,8 @@ class VLAWorker(TrainingWorker):
         if self._acting is not None:
             self._acting.update(self.engine.full_weights())
             return None
-        weights = {name: value.cpu() for name, value in self.engine.full_weights()}
-        return weights if self.rank == 0 else None
+        weights = {name: value.cpu() for name, value in self.engine.full_weights() if self.rank == 0}
+        return weights or None
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def save(self, folder: str) -> None:
@@ -147,6 +148,7 @@ def _worker_config(
             infer_micro_batch_size_per_gpu=update.micro_batch,
             param_offload=update.parameter_offload,
             optimizer_offload=update.optimizer_offload,
+            use_no_sync_for_gradient_accumulation=update.defer_gradients,
         ),
         optimizer_config=FSDPOptimizerConfig(
             lr=update.learning_rate,

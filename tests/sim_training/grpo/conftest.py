@@ -15,7 +15,14 @@ from sim_training.grpo.experience import Act, Episode, Looks, Trajectory
 from simplevla.action_codec import ActionCodec
 from simplevla.bundle import Bundle, CodecEntry, Manifest, Provenance, write_bundle
 from simplevla.embodiment import load_embodiment
-from simplevla.policy.config import Decoder, Head, NetworkConfig, NetworkSizes, ResidualEncoder
+from simplevla.policy.config import (
+    Decoder,
+    Head,
+    NetworkConfig,
+    NetworkSizes,
+    ResidualEncoder,
+    VisionTransformer,
+)
 from simplevla.policy.network import make_network, weights_of
 from simplevla.policy.processor import proprio_size
 from simplevla.policy.tokenizer import make_tokenizer
@@ -34,8 +41,9 @@ class Lamps:
 
     instructions = (INSTRUCTION,)
 
-    def __init__(self, dies_in: int = 0) -> None:
+    def __init__(self, dies_in: int = 0, width: int = 32) -> None:
         """Make lamps whose process ends in the middle of call ``dies_in``, counted from 1."""
+        self.width = width
         self.seconds = {"simulation": 0.0}
         self.collected: list[Episode] = []
         self.calls = 0
@@ -51,7 +59,7 @@ class Lamps:
 
     def _play(self, episode: Episode, act: Act) -> Trajectory:
         bright = self.bright(episode.seed)
-        noise = np.random.default_rng(episode.seed).integers(0, 40, (1, 1, 3, 24, 32))
+        noise = np.random.default_rng(episode.seed).integers(0, 40, (1, 1, 3, 24, self.width))
         image = (noise + (180 if bright else 20)).astype(np.uint8)
         proprio = np.zeros((1, 10), np.float32)
         seen: list[NDArray[np.generic]] = []
@@ -96,7 +104,37 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return make_bundle(tmp_path_factory.mktemp("policy") / "bundle")
 
 
-def make_bundle(path: Path) -> Bundle:
+@pytest.fixture(scope="session")
+def transformer_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A policy with the parts of the large ones: SigLIP, DINOv2, every patch, a plain head."""
+    sizes = NetworkSizes(
+        transformers=(
+            VisionTransformer(kind="siglip", hidden=16, layers=2, heads=2, mlp=32, patch=8),
+            VisionTransformer(kind="dinov2", hidden=16, layers=2, heads=2, mlp=32, patch=8),
+        ),
+        image_height=24,
+        image_width=24,
+        decoder=Decoder(hidden=32, layers=2, heads=2, mlp=64),
+        vocabulary=512,
+        prompt_tokens=24,
+    )
+    return make_bundle(tmp_path_factory.mktemp("policy") / "bundle", sizes)
+
+
+SMALL = NetworkSizes(
+    residual=(ResidualEncoder(stem=4, stages=(8,)),),
+    image_height=24,
+    image_width=32,
+    visual_tokens=2,
+    visual_features=8,
+    decoder=Decoder(hidden=32, layers=2, heads=2, mlp=64),
+    head=Head(centres=12, slot_embeddings=True),
+    vocabulary=512,
+    prompt_tokens=24,
+)
+
+
+def make_bundle(path: Path, sizes: NetworkSizes = SMALL) -> Bundle:
     """Write a small policy with random weights."""
     single = load_embodiment("piper_single")
     embodiment = msgspec.structs.replace(
@@ -104,17 +142,7 @@ def make_bundle(path: Path) -> Bundle:
     )
     proprio = proprio_size(embodiment)
     config = NetworkConfig(
-        sizes=NetworkSizes(
-            residual=(ResidualEncoder(stem=4, stages=(8,)),),
-            image_height=24,
-            image_width=32,
-            visual_tokens=2,
-            visual_features=8,
-            decoder=Decoder(hidden=32, layers=2, heads=2, mlp=64),
-            head=Head(centres=12, slot_embeddings=True),
-            vocabulary=512,
-            prompt_tokens=24,
-        ),
+        sizes=sizes,
         frame_height=24,
         frame_width=32,
         n_cameras=1,

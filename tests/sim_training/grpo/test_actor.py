@@ -31,10 +31,12 @@ def opened(bundle: Bundle, lamps: Any) -> Opened:
     """Return what opens an actor with settings of the update."""
 
     @contextmanager
-    def open_with(**update: Any) -> Iterator[LocalActor]:
+    def open_with(other: Bundle | None = None, **update: Any) -> Iterator[LocalActor]:
         settings = {"mini_batch": 32, "micro_batch": 8, "learning_rate": 1e-3, **update}
         with LocalActor(
-            bundle, lamps.instructions, GrpoSettings(iterations=9, update=UpdateSettings(**settings))
+            other or bundle,
+            lamps.instructions,
+            GrpoSettings(iterations=9, update=UpdateSettings(**settings)),
         ) as actor:
             yield actor
 
@@ -45,9 +47,9 @@ def opened(bundle: Bundle, lamps: Any) -> Opened:
 def play(lamps: Any) -> Play:
     """Return what plays groups of eight with an actor."""
 
-    def go(actor: LocalActor, groups: int = 3, iteration: int = 0) -> list[Trajectory]:
+    def go(actor: LocalActor, groups: int = 3, iteration: int = 0, width: int = 32) -> list[Trajectory]:
         episodes = [Episode(10 * iteration + s, member) for s in range(groups) for member in range(8)]
-        played: list[Trajectory] = lamps().collect(
+        played: list[Trajectory] = lamps(width=width).collect(
             episodes, lambda looks: actor.act(looks, key=(0, iteration), temperature=TEMPERATURE)
         )
         return played
@@ -106,6 +108,28 @@ def test_log_probabilities_are_those_of_the_plain_network(
     wanted = wanted.view(one.looks, 2, 7)[:, :, VARIED].flatten()
     torch.testing.assert_close(found[5, : len(wanted)], wanted, atol=1e-5, rtol=1e-5)
     assert not found[5, len(wanted) :].any()
+
+
+@pytest.mark.parametrize("train_encoder", [False, True])
+def test_low_precision_and_recomputed_activations_learn_nearly_the_same(
+    opened: Opened, play: Play, transformer_bundle: Bundle, train_encoder: bool
+) -> None:
+    frugal = {"precision": "bf16", "gradient_checkpointing": True, "defer_gradients": False}
+    figures = []
+    for settings in ({}, frugal):
+        with opened(transformer_bundle, train_encoder=train_encoder, **settings) as actor:
+            played = play(actor, width=24)
+            if not figures:
+                first = played
+            assert played[0].seen.dtype == first[0].seen.dtype
+            figures.append(update(actor, batch_of(actor, first)))
+    assert figures[1]["entropy"] == pytest.approx(figures[0]["entropy"], rel=0.01)
+    assert figures[1]["gradient_norm"] == pytest.approx(figures[0]["gradient_norm"], rel=0.1)
+
+
+def test_batch_normalisation_does_not_learn_in_low_precision(opened: Opened) -> None:
+    with pytest.raises(ConfigError, match="bf16"), opened(precision="bf16", train_encoder=True):
+        pass
 
 
 def test_bins_are_drawn_as_often_as_the_policy_says() -> None:
