@@ -22,7 +22,7 @@ from sim_training.figures import curves_of_runs
 from sim_training.results import compare, keep, markdown_table
 from sim_training.run_record import read_run
 from sim_training.training_config import TrainingConfig, load_config
-from simplevla.cli import whole_number
+from simplevla.cli import require_choice, whole_number
 from simplevla.errors import ConfigError, SimplevlaError
 from simplevla.files import whole_directory, write_atomic
 
@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--iterations", type=whole_number(1, 100_000), help="of each run (default: as configured)"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--seeds", default="0,1,2", help="separated by commas (default: 0,1,2)")
+    parser.add_argument("--only", metavar="VARIANTS", help="make the runs of these alone, by commas")
     parser.add_argument("--keep", type=Path, help="copy what is small of every run to this new folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of every run")
     args = parser.parse_args(argv)
@@ -56,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.start is None:
                 raise ConfigError("nothing to start from", "give --start, a bundle")
             common = _common(args.start, args.iterations, args.overrides)
-            _make_runs(args.config, common, args.seeds, args.out)
+            listed = variants(load_config(args.config, common))
+            names = args.only.split(",") if args.only else list(listed)
+            chosen = {require_choice("variant", name, list(listed)): listed[name] for name in names}
+            _make_runs(args.config, common, chosen, _seeds(args.seeds), args.out)
         print(_compare(args.out))
         if args.keep:
             _keep(args.out, args.keep)
@@ -64,6 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"benchmarks.ablations: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [whole_number(0, 2**31 - 1)(part) for part in text.split(",")]
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"--seeds: {error}", "write them as 0,1,2") from error
 
 
 def variants(config: TrainingConfig) -> dict[str, list[str]]:
@@ -96,9 +107,10 @@ def _common(start: Path, iterations: int | None, overrides: Sequence[str]) -> li
     return [*common, *overrides]
 
 
-def _make_runs(path: Path, common: Sequence[str], seeds: Sequence[int], out: Path) -> None:
+def _make_runs(
+    path: Path, common: Sequence[str], listed: dict[str, list[str]], seeds: Sequence[int], out: Path
+) -> None:
     """Make every run that is not there, all variants of one seed before the next seed."""
-    listed = variants(load_config(path, common))
     for seed in seeds:
         for name, changes in listed.items():
             folder = out / name / f"{_SEED}{seed}"

@@ -23,6 +23,8 @@ from simplevla.errors import ConfigError
 from simplevla.files import write_atomic
 
 SCHEMA = 1
+SPLITS = "splits.json"
+"""What such evaluations are called in the folder of a training run."""
 
 
 class Generalisation(msgspec.Struct, frozen=True, kw_only=True):

@@ -103,6 +103,7 @@ def _render(record: RunRecord, drawn: dict[str, bytes]) -> str:
         judged=[_judged(name, report) for name, report in pairs if report is not None],
         gain=_gain(record.before, record.after),
         regions=_regions(record.before, record.after),
+        scenes=_scenes(record),
         figures={name: _inline(data, "image/png") for name, data in drawn.items()},
         videos={name: _inline(p.read_bytes(), "image/webp") for name, p in record.videos.items()},
         configuration=configuration_text(record),
@@ -133,6 +134,15 @@ def _regions(before: Report | None, after: Report | None) -> list[Region]:
         Region(name, *(rate(shares[name]) if name in shares else None for shares in (old, new)))
         for name in sorted(old.keys() | new.keys())
     ]
+
+
+def _scenes(record: RunRecord) -> dict[str, Rate]:
+    """Return success on the scenes that training may have seen, and on each kind of unseen ones."""
+    found = record.generalisation
+    if found is None:
+        return {}
+    unseen = {f"unseen, {name}": rate(report.success) for name, report in found.unseen.items()}
+    return {"seen": rate(found.seen.success), **unseen}
 
 
 def _gain(before: Report | None, after: Report | None) -> str:

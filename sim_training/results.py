@@ -11,6 +11,7 @@ import numpy as np
 from scipy import stats
 
 from sim_training import run_folder
+from sim_training.generalisation import SPLITS
 from sim_training.run_record import RunRecord, read_run
 from simplevla.errors import ConfigError
 from simplevla.files import whole_directory
@@ -28,7 +29,7 @@ _KEPT = (
     "policy-*/history.json",
     "grpo/history.jsonl",
     "bundle/manifest.json",
-    "splits.json",
+    SPLITS,
 )
 _PICTURES = (run_folder.REPORT, run_folder.CURVE, "videos/*.webp")
 _LARGEST_BYTES = 5_000_000

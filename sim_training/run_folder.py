@@ -12,6 +12,7 @@
     grpo/                   history.jsonl, checkpoints, tensorboard
     policy-grpo/            the bundle after it
     evaluation.json         the final evaluation
+    splits.json             evaluation on seen and held-out scenes
     videos/                 before.webp, after.webp
     bundle/                 the result
     training_report.html    made from everything above; learning_curve.png

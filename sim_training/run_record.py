@@ -12,6 +12,7 @@ import msgspec
 from sim_training import run_folder
 from sim_training.demonstrations import Manifest
 from sim_training.evaluation import Report, load_report
+from sim_training.generalisation import SPLITS, Generalisation, load_generalisation
 from sim_training.history import Iteration, read_history
 from sim_training.run_folder import Origin, StageEntry, read_stages
 from simplevla.errors import RecordError
@@ -29,6 +30,7 @@ class RunRecord:
         place_errors: of encoder pretraining, as it wrote them.
         fine_tuning: its log, the last one where there were several.
         before, after: evaluation before reinforcement learning, and the final one.
+        generalisation: evaluation of the trained policy on seen and unseen scenes.
         videos: {name: file}, "before" and "after".
     """
 
@@ -43,6 +45,7 @@ class RunRecord:
     history: tuple[Iteration, ...]
     before: Report | None
     after: Report | None
+    generalisation: Generalisation | None = None
     videos: dict[str, Path] = field(default_factory=dict)
 
     @property
@@ -88,6 +91,7 @@ def read_run(folder: Path) -> RunRecord:
         history=tuple(read_history(folder / run_folder.GRPO)),
         before=_report(folder / run_folder.BEFORE),
         after=_report(folder / run_folder.EVALUATION),
+        generalisation=load_generalisation(splits) if (splits := folder / SPLITS).exists() else None,
         videos={path.stem: path for path in sorted((folder / run_folder.VIDEOS).glob("*.webp"))},
     )
 

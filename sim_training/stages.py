@@ -22,6 +22,7 @@ from sim_training import run_folder
 from sim_training.corrections import collect_corrections
 from sim_training.demonstrations import DT_S, DemonstrationSet, Settings, collect
 from sim_training.evaluation import BundleSource, Report, evaluate, load_report, rate, save_report
+from sim_training.generalisation import SPLITS, evaluate_splits, save_generalisation
 from sim_training.grpo.settings import require_libraries as require_grpo
 from sim_training.pictures import Pictures, draw_pictures, load_pictures, save_pictures
 from sim_training.pretraining import pretrain
@@ -266,6 +267,24 @@ def publish(run: Run) -> str:
     path = run.folder / run_folder.BUNDLE
     final = write_bundle(path, manifest, bundle.weights(), bundle.tokenizer_path.read_bytes())
     return f"policy {final.id[:12]}, {final.weights_path.stat().st_size / 1e6:.1f} MB"
+
+
+def evaluate_generalisation(run: Run) -> str:
+    """Evaluate the trained policy on seen scenes and on each kind of unseen ones."""
+    stage, splits = run.config.evaluation, run.task.splits
+    with episodes(stage.splits * (1 + len(splits)), "evaluating splits") as progress:
+        found = evaluate_splits(
+            BundleSource(run.trained().path),
+            run.config.task,
+            splits,
+            episodes=stage.splits,
+            seed=stage.seed,
+            workers=stage.workers,
+            progress=progress,
+        )
+    save_generalisation(found, run.folder / SPLITS)
+    unseen = ", ".join(f"{name} {rate(report.success)}" for name, report in found.unseen.items())
+    return f"seen {rate(found.seen.success)}; unseen: {unseen}"
 
 
 def film(run: Run) -> str:

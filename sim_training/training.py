@@ -16,6 +16,7 @@ from pathlib import Path
 
 from sim_training import run_folder, stages
 from sim_training.evaluation import rate
+from sim_training.generalisation import SPLITS
 from sim_training.progress import terminal
 from sim_training.run_folder import StageEntry, claim, note_stage
 from sim_training.stages import Run
@@ -63,6 +64,8 @@ def plan(config: TrainingConfig) -> tuple[Stage, ...]:
         listed.append(Stage("reinforcement learning", run_folder.GRPO_POLICY, stages.reinforce))
     listed.append(Stage("evaluation", run_folder.EVALUATION, stages.evaluate_after))
     listed.append(Stage("bundle", run_folder.BUNDLE, stages.publish))
+    if config.evaluation.splits:
+        listed.append(Stage("generalisation", SPLITS, stages.evaluate_generalisation))
     if config.evaluation.videos:
         listed.append(Stage("videos", run_folder.VIDEOS, stages.film))
     listed.append(Stage("report", run_folder.REPORT, stages.report))

@@ -51,6 +51,7 @@ class EvaluationStage(Config, frozen=True, kw_only=True):
 
     Attributes:
         episodes: how many, from ``seed`` on.
+        splits: episodes of each part of the generalisation splits, for the trained policy; 0 for none.
         before: whether the policy is evaluated before reinforcement learning, too.
         videos: episodes that are filmed for the report, from ``seed`` on; 0 for none.
     """
@@ -58,6 +59,7 @@ class EvaluationStage(Config, frozen=True, kw_only=True):
     episodes: Count = 100
     seed: Annotated[int, Meta(ge=FIRST_EVALUATION_SEED)] = FIRST_EVALUATION_SEED
     workers: Count = 1
+    splits: Annotated[int, Meta(ge=0)] = 0
     before: bool = True
     videos: Annotated[int, Meta(ge=0, le=9)] = 4
 

@@ -20,6 +20,7 @@ from sim_training.evaluation import BundlePolicy
 from sim_training.history import Iteration, read_history
 from sim_training.run_folder import claim
 from sim_training.run_record import read_run
+from sim_training.stages import Run, reinforce
 from sim_training.training import load_config, plan, run, show_plan
 from simplevla.bundle import load_bundle
 from simplevla.errors import ConfigError, SimplevlaError, UnavailableError
@@ -47,7 +48,7 @@ grpo:
   sampling: {group_size: 2, groups: 1, dynamic: false, horizon: 10, temperature: 1.2}
   update: {mini_batch: 2, micro_batch: 2, entropy: 0.01, learning_rate: 1e-3}
   placement: {environment_workers: 1, slots: 2}
-evaluation: {episodes: 1, videos: 1}
+evaluation: {episodes: 1, before: false, videos: 0}
 """
 
 
@@ -88,14 +89,11 @@ def test_a_run_goes_from_demonstrations_to_a_bundle_and_a_report(finished: Path,
     assert [it.iteration for it in record.history] == [0, 1]
     assert all(it.sampled.episodes == 2 for it in record.history)
     assert record.history[1].greedy is not None
-    assert record.before is not None
     assert record.after is not None
     assert record.after.policy_id == load_bundle(finished / run_folder.GRPO_POLICY).id
-    assert record.before.policy_id == load_bundle(finished / run_folder.policy(1)).id
     assert [entry.stage for entry in record.stages] == [stage.name for stage in plan(load_config(small))]
-    assert list(record.videos) == ["after", "before"]
     assert list((finished / "grpo/tensorboard").rglob("events.out.tfevents.*"))
-    assert (finished / run_folder.REPORT).read_text().count("data:image/") >= 6
+    assert (finished / run_folder.REPORT).read_text().count("data:image/") >= 5
 
 
 def test_a_finished_run_is_not_made_again(
@@ -104,7 +102,7 @@ def test_a_finished_run_is_not_made_again(
     names = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     assert run(small, [], finished) == 0
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == names
-    assert "[1/12] demonstrations: there already" in capsys.readouterr().out
+    assert "[1/10] demonstrations: there already" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="another configuration"):
         run(small, ["seed=1"], finished)
 
@@ -140,10 +138,10 @@ def test_a_run_that_was_killed_in_reinforcement_learning_ends_as_if_it_had_not_b
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert not (out / run_folder.GRPO_POLICY).exists()
-    assert run(small, [], out) == 0
+    reinforce(Run(out, load_config(small)))
     assert learned(out) == learned(finished)
-    trained = load_bundle(out / "bundle").weights()
-    for name, tensor in load_bundle(finished / "bundle").weights().items():
+    trained = load_bundle(out / run_folder.GRPO_POLICY).weights()
+    for name, tensor in load_bundle(finished / run_folder.GRPO_POLICY).weights().items():
         np.testing.assert_array_equal(trained[name], tensor)
 
 
@@ -155,7 +153,7 @@ def test_reinforcement_learning_can_start_from_a_bundle(
         "pretraining=null", "fine_tuning=null", "corrections={}",
     ]  # fmt: skip
     names = [stage.name for stage in plan(load_config(small, start_here))]
-    assert names[:2] == ["evaluation before", "reinforcement learning"]
+    assert names[:2] == ["reinforcement learning", "evaluation"]
     for override, words in (
         ("chunk_length=4", "chunk_length is 4"),
         ("action_space=joint_delta", "action_space is joint_delta"),
@@ -171,10 +169,11 @@ def test_the_plan_says_what_is_there(
     finished: Path, small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert show_plan(small, [], finished) == 0
-    assert capsys.readouterr().out.count("there\n") == 12
-    assert show_plan(small, ["grpo=null"], None) == 0
+    assert capsys.readouterr().out.count("there\n") == 10
+    assert show_plan(small, ["grpo=null", "evaluation.videos=1"], None) == 0
     shown = capsys.readouterr().out
     assert shown.count("to do\n") == 10
+    assert "videos" in shown
     assert "reinforcement" not in shown
 
 

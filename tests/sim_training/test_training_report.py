@@ -14,7 +14,8 @@ from PIL import Image
 from benchmarks.ablations import FULL, variants
 from benchmarks.ablations import main as ablations
 from sim_training import run_folder
-from sim_training.evaluation import EpisodeResult, Report, Share, save_report
+from sim_training.evaluation import BundleSource, EpisodeResult, Report, Share, save_report
+from sim_training.generalisation import SPLITS, Generalisation, save_generalisation
 from sim_training.history import HISTORY, Counted, Iteration, append_iteration, read_history
 from sim_training.progress import describe
 from sim_training.report import duration, make_report
@@ -22,7 +23,7 @@ from sim_training.results import compare, keep, markdown_table, mean_interval
 from sim_training.run_folder import Origin, StageEntry, note_stage
 from sim_training.run_record import read_run
 from sim_training.training_config import load_config
-from sim_training.videos import side_by_side
+from sim_training.videos import film_policies, side_by_side
 from simplevla.errors import ConfigError, RecordError
 from simplevla.files import share_dir
 from simplevla.intervals import wilson
@@ -104,6 +105,8 @@ def write_run(folder: Path, *, before: int = 4, final: int = 17, iterations: int
         )
     save_report(evaluation(before), folder / run_folder.BEFORE)
     save_report(evaluation(final), folder / run_folder.EVALUATION)
+    splits = Generalisation(seen=evaluation(18), unseen={"object": evaluation(7)})
+    save_generalisation(splits, folder / SPLITS)
     (folder / "policy-0").mkdir()
     (folder / "policy-0/history.json").write_text('[{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]')
     (folder / run_folder.VIDEOS).mkdir()
@@ -124,7 +127,7 @@ def test_the_report_shows_the_run_and_needs_no_other_file(tmp_path: Path) -> Non
         "a <run>", "17 / 20", "85.0 %, 95 % interval", "seeds 10000 to 10019",
         "+65.0 points by reinforcement learning, 4.2 times as often; the intervals do not overlap",
         "left near", "c0ffee", "6 iterations, 192 episodes sampled, 1 min 12 s", "push 1, grasp 16",
-        "seed: 3",
+        "seed: 3", "unseen, object 7/20 = 35.0 %", "held-out ones are not new to it",
     ):  # fmt: skip
         assert words in " ".join(text.split()), words
     sources = re.findall(r'(?:src|href)="([^"]+)"', page)
@@ -228,6 +231,17 @@ def test_an_iteration_is_one_line() -> None:
     assert "kept 3/4 groups" in line
     assert line.endswith("12 s")
     assert [duration(s) for s in (8, 72, 3725)] == ["8 s", "1 min 12 s", "1 h 02 min"]
+
+
+def test_a_film_shows_what_the_policy_saw(tmp_path: Path) -> None:
+    source = BundleSource(share_dir() / "bundles/move_can_pot")
+    film_policies({"after": source}, "move_can_pot", [10_000], tmp_path / "videos")
+    sheet = Image.open(tmp_path / "videos/after.webp")
+    assert 4 < sheet.n_frames < 42  # type: ignore[attr-defined]
+    colours = np.asarray(sheet.convert("RGB"))[3:-3, 3:-3].reshape(-1, 3)
+    assert colours.std(axis=0).min() > 10
+    with pytest.raises(FileExistsError):
+        film_policies({}, "move_can_pot", [], tmp_path / "videos")
 
 
 def test_episodes_are_shown_side_by_side_in_the_colour_of_their_end() -> None:
