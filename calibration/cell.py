@@ -39,7 +39,8 @@ _STILL_RAD_S = 2e-3  # between two looks 0.1 s apart, per second
 _STILL_M_S = 1e-3
 _STILL_PATIENCE_S = 5.0
 _ARRIVE_PATIENCE_S = 4.0
-_MOVE_ATTEMPTS = 4
+_MOVE_ATTEMPTS = 5
+_CATCH_UP_S, _CAUGHT_UP = 3.0, 0.02  # rad or m
 _HELD_S = 0.3
 _LEAD_S = 0.02
 _PICTURE_PATIENCE_S = 15.0  # a busy machine draws its twin slowly
@@ -159,11 +160,20 @@ class Cell:
             if self._move_once(goal):
                 return
             logger.warning("the arms held on the way: they set out again")
+            self._catch_up()
         counts = ", ".join(f"{cause} {n}" for cause, n in self._loop.health().limits.items()) or "none"
         raise UnavailableError(
             f"the arms did not arrive (limits that acted so far: {counts})",
             "clear the way, and check that board and table are where the settings say",
         )
+
+    def _catch_up(self) -> None:
+        """Wait until the arms are where they were sent; arms that are blocked never are."""
+        deadline = time.monotonic() + _CATCH_UP_S
+        while time.monotonic() < deadline:
+            if np.abs(self.measured() - self._position()).max() < _CAUGHT_UP:
+                return
+            time.sleep(0.05)
 
     def _move_once(self, goal: Vector) -> bool:
         """Set out for ``goal`` and return whether the setpoint got there.

@@ -104,12 +104,17 @@ class TwinGuide:
         control: the twin's control endpoint.
         settings: the board and where it goes.
         folder: where the board's picture is put.
+
+    Attributes:
+        pace: how much of real time the twin kept while the board was where it was, at the worst; below
+            1 the twin is later than it can know.
     """
 
     def __init__(self, control: TwinControl, settings: Settings, folder: Path) -> None:
         self._control = control
         self._settings = settings
         self._picture = folder / "board.png"
+        self.pace = 1.0
 
     def __enter__(self) -> TwinGuide:
         import cv2
@@ -157,4 +162,5 @@ class TwinGuide:
             holder=holder,
             pose=msgspec.structs.replace(pose, xyz_m=to_pose(corner).xyz_m),
         )
+        self.pace = min(self.pace, self._control.status().real_time_factor_since_reset)
         self._control.alter(Metal(plate=plate))
