@@ -90,8 +90,11 @@ class CameraModel(Config):
         pixels, slopes = cv2.projectPoints(
             points_m.reshape(-1, 1, 3), np.zeros(3), np.zeros(3), self.matrix(), self.coefficients()
         )
-        by_pixel = slopes.reshape(len(points_m), 2, -1)  # rotation, translation, fx fy cx cy, distortion
-        return pixels.reshape(-1, 2), by_pixel[..., 3:6], by_pixel[..., 6:15]
+        seen = np.asarray(pixels, np.float64).reshape(-1, 2)
+        by_pixel = np.asarray(slopes, np.float64).reshape(
+            len(points_m), 2, -1
+        )  # rotation, translation, fx fy cx cy, distortion
+        return seen, by_pixel[..., 3:6], by_pixel[..., 6:15]
 
     def project(self, points_m: ArrayLike) -> Array:
         """Return (N, 2) the pixels of (N, 3) points in the camera's frame."""

@@ -140,9 +140,9 @@ def board_pose(detection: Detection, board: Board, camera: CameraModel) -> Array
         points, detection.corners_px, matrix, coefficients, flags=cv2.SOLVEPNP_IPPE
     )
     poses = []
-    for rotation, shift in zip(rotations, shifts, strict=True):
+    for first_turn, first_shift in zip(rotations, shifts, strict=True):
         rotation, shift = cv2.solvePnPRefineLM(
-            points, detection.corners_px, matrix, coefficients, rotation, shift
+            points, detection.corners_px, matrix, coefficients, first_turn, first_shift
         )
         pixels, _ = cv2.projectPoints(points, rotation, shift, matrix, coefficients)
         error = float(np.sum((pixels[:, 0] - detection.corners_px) ** 2))
