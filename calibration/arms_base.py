@@ -87,14 +87,14 @@ def base_to_base_by_touch(points_left: ArrayLike, points_right: ArrayLike, *, st
         std_m: how far off a touched point is, each coordinate.
 
     Raises:
-        TooFewPosesError: fewer than four points.
+        TooFewPosesError: fewer than three points.
         DegenerateMotionError: they lie in a line, or within centimetres.
         InconsistentDataError: they do not fit each other.
     """
     left, right = np.asarray(points_left, dtype=np.float64), np.asarray(points_right, dtype=np.float64)
-    if left.shape != right.shape or left.ndim != 2 or left.shape[1:] != (3,) or len(left) < 4:
+    if left.shape != right.shape or left.ndim != 2 or left.shape[1:] != (3,) or len(left) < 3:
         raise TooFewPosesError(
-            f"{len(left)} touched points, at least 4 are needed, each in both bases", "touch more points"
+            f"{len(left)} touched points, at least 3 are needed, each in both bases", "touch more points"
         )
     about_left, about_right = left - left.mean(0), right - right.mean(0)
     spread = np.linalg.svd(about_left, compute_uv=False) / np.sqrt(len(left))

@@ -91,7 +91,7 @@ def calibrate_intrinsics(
     if len(detections) < LEAST_VIEWS:
         raise TooFewPosesError(
             f"{len(detections)} views of the board, at least {LEAST_VIEWS} are needed",
-            "take 12 or more all over the picture, the board tilted by 20 to 45 deg in different directions",
+            "take 12 or more all over the picture, the board tilted by 20 to 45 deg in several directions",
         )
     if any(mirrored(detection, board) for detection in detections):
         raise MirroredBoardError(
