@@ -233,7 +233,7 @@ def _scatter(world: World, rng: np.random.Generator) -> None:
         pose = np.eye(4)
         pose[:3, 3] = [*xy, world.table_top_m]
         turn = Rotation.from_euler("z", rng.uniform(-np.pi, np.pi))
-        if rng.random() < _LIFTED:
+        if not placement.fixed and rng.random() < _LIFTED:
             pose[2, 3] += rng.uniform(0, _LIFT_M)
             turn = Rotation.from_rotvec(rng.normal(0, _TILT_RAD, 3)) * turn
         pose[:3, :3] = turn.as_matrix()

@@ -249,7 +249,8 @@ class World:
         """Put a thing of the task at a (4, 4) pose in the world, at rest."""
         body = self._bodies[name]
         body.entity.pose = sapien.Pose(np.asarray(pose, dtype=np.float32))
-        body.linear_velocity = body.angular_velocity = np.zeros(3)
+        if not next(p.fixed for p in self._placements if p.name == name):
+            body.linear_velocity = body.angular_velocity = np.zeros(3)
 
     def asset(self, name: str) -> Asset:
         """Return what a thing of the task is made of."""

@@ -278,3 +278,13 @@ def test_a_shove_can_place_a_beside_b() -> None:
                 world.step()
         assert world.success()
         assert world.strategy() is Strategy.PUSH
+
+
+def test_what_stands_fast_can_be_put_elsewhere_and_stays_there() -> None:
+    with World(EMBODIMENTS["piper_single"], load_task("place_empty_cup"), render=False) as world:
+        world.reset(1)
+        coaster = world.object_pose("coaster")
+        coaster[:3, 3] += (0.02, 0.0, 0.1)
+        world.set_object_pose("coaster", coaster)
+        world.step(20)
+        assert world.object_pose("coaster") == pytest.approx(coaster, abs=1e-6)
