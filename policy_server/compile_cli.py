@@ -19,14 +19,16 @@ certificate lies beside the engine. An engine fits one version of the bundle, of
 simplevla; "simplevla serve" says when a new one is needed. In a lower precision, or on a GPU, the
 certificate holds on the machine that gave it: run this again on the one that serves.
 
-tensorrt-rtx and onnxruntime's GPU providers can be compiled ahead of time where there is no GPU; nothing
-serves such an engine before this was run again where it can be checked.
+Where there is a certified engine already, nothing is done unless observations or limits are given: then
+it is checked again, and removed if it fails. tensorrt-rtx and onnxruntime's GPU providers can be compiled
+ahead of time where there is no GPU; nothing serves such an engine before this was run again where it can
+be checked.
 
 examples:
   simplevla compile bundles/move_can_pot
   simplevla compile bundles/move_can_pot --backend openvino
   simplevla observe bundles/move_can_pot --count 500 --out recorded.npz
-  simplevla compile bundles/move_can_pot --force --observations recorded.npz \\
+  simplevla compile bundles/move_can_pot --observations recorded.npz \\
       --min-agreement 1 --max-joint-error 1e-4
 """
 
@@ -60,13 +62,11 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--count",
         type=whole_number(1, 100_000),
-        default=32,
         help="how many observations to make up (default: 32)",
     )
     parser.add_argument(
         "--seed",
         type=whole_number(0, 2**31 - 1),
-        default=0,
         help="decides the made-up observations (default: 0)",
     )
     parser.add_argument(
@@ -90,11 +90,11 @@ def _compile(args: argparse.Namespace) -> int:
     from simplevla.bundle import load_bundle
 
     bundle = load_bundle(args.bundle)
+    observations, source = None, "synthetic"
     if args.observations is not None:
         observations, source = load_observations(args.observations, bundle.manifest), args.observations.name
-    else:
-        observations = plausible_observations(bundle.manifest, count=args.count, seed=args.seed)
-        source = "synthetic"
+    elif args.count is not None or args.seed is not None:
+        observations = plausible_observations(bundle.manifest, count=args.count or 32, seed=args.seed or 0)
     engine = compile_bundle(
         bundle,
         args.backend,
@@ -114,7 +114,10 @@ def _compile(args: argparse.Namespace) -> int:
     return 0
 
 
-def _limits(args: argparse.Namespace) -> ParityLimits:
+def _limits(args: argparse.Namespace) -> ParityLimits | None:
+    """Return the limits that were asked for; None leaves them to the precision."""
+    if args.min_agreement is None and args.max_joint_error is None:
+        return None
     import msgspec
 
     from policy_server.engines import LIMITS

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -57,6 +59,7 @@ def compile_bundle(
 ) -> Engine:
     """Return the engine of ``bundle``, built and checked now unless a certified one is there already.
 
+    One that is there is checked again where observations or limits are given, and removed if it fails.
     Where nothing can run the engine (no GPU), it is built ahead of time and left without a certificate:
     nothing serves it before this was called again where it can run.
 
@@ -70,35 +73,30 @@ def compile_bundle(
         force: build it even if there is one.
 
     Raises:
-        CompileError: the export failed, or the engine disagrees with torch; nothing was written.
+        CompileError: the export failed, or the engine disagrees with torch; no engine is left.
         EngineError: the back end cannot build it, or there is no place for it.
         MissingExtraError: a library is not installed.
     """
     compiler = backend_named(backend)
     require_choice(f"precision of {backend}", precision, tuple(compiler.precisions))
-    if not force:
-        with contextlib.suppress(EngineError):
-            return find_engine(bundle, backend, precision)
+    to_check = force or observations is not None or limits is not None
     if observations is None:
         observations = plausible_observations(bundle.manifest, count=32, seed=0)
     ranges: Sequence[Observation] = ()
     if precision == "int8":
         observations, ranges = _parted(observations)
-    engine = None
-    if not force:
-        with contextlib.suppress(EngineError):
-            engine = built_engine(bundle, backend, precision)
-    folder = writable_engine_folder(bundle)
-    try:
-        if engine is None:
-            _remove_engine(bundle, engine_key(bundle, backend, precision))
-            return _build(
-                bundle, compiler, precision, folder, observations, ranges, source, limits, force=force
-            )
-        return _certify(bundle, compiler, engine, observations, source, limits)
-    finally:
-        with contextlib.suppress(OSError):  # an empty folder is not left behind
-            folder.rmdir()
+    with _alone(bundle) as folder:
+        if not to_check:
+            with contextlib.suppress(EngineError):
+                return find_engine(bundle, backend, precision)
+        if not force:
+            with contextlib.suppress(EngineError):
+                engine = built_engine(bundle, backend, precision)
+                return _certify(bundle, compiler, engine, observations, source, limits)
+        _remove_engine(bundle, engine_key(bundle, backend, precision))
+        return _build(
+            bundle, compiler, precision, folder, observations, ranges, source, limits, force=force
+        )
 
 
 def measure_parity(
@@ -201,11 +199,15 @@ def _certify(
     source: str,
     limits: ParityLimits | None,
 ) -> Engine:
-    """Give an engine that was built elsewhere, or ahead of time, a certificate of this machine."""
+    """Give an engine that is there a certificate of this machine, or remove it."""
     if compiler.machine() is None:
         return engine
     session = CompiledSession(engine, compiler)
-    record = _certified(bundle, session, engine.record, observations, source, limits)
+    try:
+        record = _certified(bundle, session, engine.record, observations, source, limits)
+    except CompileError:
+        shutil.rmtree(engine.path)
+        raise
     write_atomic(engine.path / SIDECAR, _encoded(record))
     return load_engine(engine.path, bundle)
 
@@ -250,6 +252,20 @@ def _quantised(bundle: Bundle, graph: Graph, ranges: Sequence[Observation], fold
         yield scratch / STEP
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone(bundle: Bundle) -> Iterator[Path]:
+    """Yield the folder for the bundle's engines, to one process at a time."""
+    folder = writable_engine_folder(bundle)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield folder
+    finally:
+        os.close(handle)
+        with contextlib.suppress(OSError):  # an empty folder is not left behind
+            folder.rmdir()
 
 
 def _parted(

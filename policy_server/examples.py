@@ -9,34 +9,33 @@ import numpy as np
 
 from simplevla.bundle import Bundle, CodecEntry, Manifest, Provenance, write_bundle
 from simplevla.embodiment import load_embodiment
+from simplevla.errors import MissingExtraError
+from simplevla.policy.config import NetworkConfig, NetworkSizes
+from simplevla.policy.processor import proprio_size
+from simplevla.policy.tokenizer import INSTRUCTIONS, make_tokenizer
 
 
 def write_example_bundle(
-    path: Path, network: str, *, embodiment: str = "piper_dual", chunk_length: int = 5
+    path: Path, sizes: NetworkSizes, *, embodiment: str = "piper_dual", chunk_length: int = 5
 ) -> Bundle:
-    """Write a bundle whose network has the sizes of ``config/policy/<network>.yaml`` and fresh weights.
+    """Write a bundle whose network has ``sizes``, such as ``load_sizes("medium")``, and fresh weights.
 
     Raises:
-        ConfigError: there is no such network or embodiment.
+        ConfigError: there is no such embodiment.
         BundleError: ``path`` exists already.
         MissingExtraError: torch or transformers is not installed.
     """
-    from simplevla.errors import MissingExtraError
-
     try:
         import torch
 
         from simplevla.policy.network import make_network, weights_of
     except ImportError as error:
         raise MissingExtraError(error.name or "torch", "compile") from error
-    from simplevla.policy.config import NetworkConfig, load_sizes
-    from simplevla.policy.processor import proprio_size
-    from simplevla.policy.tokenizer import INSTRUCTIONS, make_tokenizer
 
     robot = load_embodiment(embodiment)
     camera, proprio = robot.cameras[0], proprio_size(robot)
     config = NetworkConfig(
-        sizes=load_sizes(network),
+        sizes=sizes,
         frame_height=camera.height,
         frame_width=camera.width,
         n_cameras=1,
@@ -49,7 +48,7 @@ def write_example_bundle(
     made.set_proprio_range(np.full(proprio, -np.pi), np.full(proprio, np.pi))
     change = [*(-0.02 for _ in range(6)), 0.0]
     manifest = Manifest(
-        name=f"{network}-untrained",
+        name="untrained",
         created_ns=0,
         embodiment=robot,
         network=msgspec.to_builtins(config),
@@ -65,8 +64,6 @@ def write_example_bundle(
         ),
         proprio_low=(-np.pi,) * proprio,
         proprio_high=(np.pi,) * proprio,
-        provenance=Provenance(
-            commit="untrained", config={"network": network}, seeds={"weights": 0}, demonstrations=0
-        ),
+        provenance=Provenance(commit="untrained", config={}, seeds={"weights": 0}, demonstrations=0),
     )
     return write_bundle(path, manifest, weights_of(made), make_tokenizer())

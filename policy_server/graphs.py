@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -132,8 +132,8 @@ def export_onnx(bundle: Bundle, folder: Path, numbers: NumberType) -> dict[str, 
         constants = dict(zip(CONSTANT_NAMES, prompt(**words), strict=True))
     large = sum(p.numel() * p.element_size() for p in step.parameters()) > _ONE_FILE_BYTES
     try:
-        _export(prompt, words, list(CONSTANT_NAMES), folder / PROMPT, external=False)
-        _export(step, {**inputs, **constants}, ["logits"], folder / STEP, external=large)
+        export_module(prompt, words, list(CONSTANT_NAMES), folder / PROMPT)
+        export_module(step, {**inputs, **constants}, ["logits"], folder / STEP, external=large)
     except Exception as error:  # the exporter raises whatever its many passes raise
         _log.debug("export failed", exc_info=True)
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -190,7 +190,18 @@ def _load(path: Path) -> Graph:
     return Graph(path, sidecar.files, sidecar.versions)
 
 
-def _export(module: Any, inputs: dict[str, Any], outputs: list[str], path: Path, *, external: bool) -> None:
+def export_module(
+    module: Any, inputs: Mapping[str, Any], outputs: Sequence[str], path: Path, *, external: bool = False
+) -> None:
+    """Write a torch module as ONNX, its shapes those of ``inputs``, without a trace of this machine.
+
+    Args:
+        module: in eval mode.
+        inputs: {argument: tensor}.
+        outputs: what the answers are to be called.
+        path: the file.
+        external: keep the weights in a file beside it.
+    """
     import torch
 
     with _quiet(), torch.no_grad():
@@ -198,9 +209,9 @@ def _export(module: Any, inputs: dict[str, Any], outputs: list[str], path: Path,
             module,
             (),
             path,
-            kwargs=inputs,
+            kwargs=dict(inputs),
             input_names=list(inputs),
-            output_names=outputs,
+            output_names=list(outputs),
             opset_version=OPSET,
             dynamo=True,
             external_data=external,

@@ -28,7 +28,7 @@ class SessionInfo:
     Attributes:
         backend: one of ``policy_server.backends.BACKENDS``.
         version: of the library that computes.
-        device: such as ``cpu``.
+        device: what computes: ``cpu``, or the identity of this processor or GPU.
         precision: such as ``fp32``.
         engine: key of the compiled engine; empty where there is none.
         max_batch: how many observations one run may hold; 1 where shapes are static.

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -31,14 +32,17 @@ from policy_server.engines import (
     engine_key,
     find_engine,
 )
+from policy_server.examples import write_example_bundle
 from policy_server.graphs import PROMPT, STEP, CompileError
 from policy_server.machine import processor
 from policy_server.observations import load_observations, plausible_observations
 from policy_server.served_policy import ServedPolicy
 from simplevla.bundle import WEIGHTS, Bundle, load_bundle
+from simplevla.cli import main
 from simplevla.embodiment import Embodiment
 from simplevla.errors import ConfigError, ObservationError
 from simplevla.observation import Observation
+from simplevla.policy.config import load_sizes
 
 Observe = Callable[..., Observation]
 _SIMPLEVLA = [sys.executable, "-c", "import sys; from simplevla.cli import main; sys.exit(main())"]
@@ -226,26 +230,44 @@ def test_constants_follow_the_instruction(compiled: Bundle, observe: Observe) ->
         np.testing.assert_allclose(ours.run(inputs), reference.run(inputs), atol=1e-4)
 
 
-def test_inspect_names_what_is_there_and_what_may_be_served(compiled: Bundle) -> None:
-    status, output, _ = run("inspect", str(compiled.path), "--json")
-    facts = json.loads(output)
-    assert (status, facts["policy_id"]) == (0, compiled.id)
+def test_inspect_names_what_is_there_and_what_may_be_served(
+    compiled: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(compiled.path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["policy_id"] == compiled.id
     assert facts["parameters"] == sum(value.size for value in compiled.weights().values())
     assert [(e["backend"], e["usable"]) for e in facts["engines"]] == [("onnxruntime", True)]
     spoil_model(find_engine(compiled, "onnxruntime").path)
-    status, output, _ = run("inspect", str(compiled.path))
-    assert status == 0
+    assert main(["inspect", str(compiled.path)]) == 0
+    output = capsys.readouterr().out
     assert "not usable here" in output
     assert compiled.manifest.instructions["move_can_pot"] in output
 
 
-def test_bench_compares_what_is_named(compiled: Bundle) -> None:
+def test_bench_compares_what_is_named(compiled: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--backend", "torch", "--backend", "onnxruntime", "--rounds", "10", "--threads", "1"]
-    status, output, errors = run("bench", str(compiled.path), *arguments)
-    assert status == 0, errors
+    assert main(["bench", str(compiled.path), *arguments]) == 0
+    output = capsys.readouterr().out
     rows = [line for line in output.splitlines() if line.startswith(("| torch", "| onnxruntime"))]
     assert len(rows) == 4
     assert rows[0].endswith("| 1.00 |")
+
+
+def test_a_compiled_network_continues_from_committed_actions(tmp_path: Path) -> None:
+    sizes = load_sizes("tiny")
+    head = msgspec.structs.replace(sizes.head, prefix=True)
+    bundle = write_example_bundle(tmp_path / "prefix", msgspec.structs.replace(sizes, head=head))
+    observation = plausible_observations(bundle.manifest, count=1, seed=0)[0]
+    compile_bundle(bundle, observations=[observation])
+    policies = [ServedPolicy.of(bundle, open_session(bundle, name)) for name in ("torch", "onnxruntime")]
+    assert all(policy.continues for policy in policies)
+    committed = np.tile(observation.state, (2, 1)).astype(np.float32)
+    inputs = policies[0].processor.inputs(dataclasses.replace(observation, committed=committed))
+    free = policies[0].processor.inputs(observation)
+    want, have = (policy.session.run(inputs) for policy in policies)
+    np.testing.assert_allclose(have, want, atol=1e-4)
+    assert not np.allclose(have, policies[1].session.run(free), atol=1e-4)
 
 
 def spoil_model(folder: Path) -> None:

@@ -18,6 +18,7 @@ from policy_server.engines import find_engine
 from policy_server.examples import write_example_bundle
 from simplevla.bundle import Bundle, load_bundle
 from simplevla.files import share_dir
+from simplevla.policy.config import load_sizes
 
 HAS_GPU = graphics_processor() is not None
 SHAPES = {
@@ -167,31 +168,28 @@ def test_an_engine_for_another_gpu_is_refused(recorded: Recorded) -> None:
 
 def test_the_tiny_network_builds_ahead_of_time() -> None:
     pytest.importorskip("tensorrt_rtx")
-    builds_ahead_of_time(load_bundle(share_dir() / "bundles/move_can_pot"), ("fp32", "fp16"))
+    builds_ahead_of_time(load_bundle(share_dir() / "bundles/move_can_pot"), "fp32")
 
 
 def test_fifty_million_parameters_of_openvlas_shape_build_ahead_of_time(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    bundle = write_example_bundle(tmp_path / "medium", "medium")
+    bundle = write_example_bundle(tmp_path / "medium", load_sizes("medium"))
     parameters = sum(value.size for value in bundle.weights().values())
     assert 45e6 < parameters < 55e6
-    builds_ahead_of_time(bundle, ("fp32",))
+    builds_ahead_of_time(bundle, "fp16")
 
 
-def builds_ahead_of_time(bundle: Bundle, precisions: tuple[str, ...]) -> None:
-    sizes = []
-    for precision in precisions:
-        engine = compile_bundle(bundle, "tensorrt-rtx", precision)
-        plan = engine.record.files["step.plan"]
-        sizes.append(plan.size)
-        assert (engine.record.backend, engine.record.precision) == ("tensorrt-rtx", precision)
-        if not HAS_GPU:
-            assert engine.record.parity is None
-            with pytest.raises(EngineError, match="never run"):
-                find_engine(bundle, "tensorrt-rtx", precision)
-            with pytest.raises(EngineError, match="never run"):
-                open_session(bundle, "tensorrt-rtx", precision=precision)
-    assert min(sizes) > 100_000
+def builds_ahead_of_time(bundle: Bundle, precision: str) -> None:
+    engine = compile_bundle(bundle, "tensorrt-rtx", precision)
+    assert (engine.record.backend, engine.record.precision) == ("tensorrt-rtx", precision)
+    assert engine.record.files["step.plan"].size > 1_000_000
+    if HAS_GPU:
+        return
+    assert engine.record.parity is None
+    with pytest.raises(EngineError, match="never run"):
+        find_engine(bundle, "tensorrt-rtx", precision)
+    with pytest.raises(EngineError, match="never run"):
+        open_session(bundle, "tensorrt-rtx", precision=precision)
 
 
 @pytest.mark.skipif(HAS_GPU, reason="there is a GPU")
