@@ -134,10 +134,10 @@ def _same(path: Path, config: TrainingConfig) -> bool:
 
 
 def note_stage(folder: Path, entry: StageEntry) -> None:
-    """Add a line to the stages that were made."""
-    path = folder / STAGES
-    before = path.read_bytes() if path.exists() else b""
-    write_atomic(path, before + msgspec.json.encode(entry) + b"\n")
+    """Add a line to the stages that were made, in the place of an earlier one of that stage."""
+    kept = [one for one in read_stages(folder) if one.stage != entry.stage]
+    lines = [msgspec.json.encode(one) + b"\n" for one in [*kept, entry]]
+    write_atomic(folder / STAGES, b"".join(lines))
 
 
 def read_stages(folder: Path) -> list[StageEntry]:

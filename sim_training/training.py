@@ -34,11 +34,13 @@ class Stage:
         name: as progress and report call it.
         leaves: path in the run's folder that is there, whole, once the stage was made.
         make: makes it, and returns in one line what came out.
+        sums_up: whether it is made again when one before it was, although it is there.
     """
 
     name: str
     leaves: str
     make: Callable[[Run], str]
+    sums_up: bool = False
 
 
 def plan(config: TrainingConfig) -> tuple[Stage, ...]:
@@ -68,7 +70,7 @@ def plan(config: TrainingConfig) -> tuple[Stage, ...]:
         listed.append(Stage("generalisation", SPLITS, stages.evaluate_generalisation))
     if config.evaluation.videos:
         listed.append(Stage("videos", run_folder.VIDEOS, stages.film))
-    listed.append(Stage("report", run_folder.REPORT, stages.report))
+    listed.append(Stage("report", run_folder.REPORT, stages.report, sums_up=True))
     return tuple(listed)
 
 
@@ -101,15 +103,15 @@ def run(config_path: Path, overrides: Sequence[str], out: Path) -> int:
     work = Run(out, config)
     with claim(out, config) as begun, terminal():
         log.info("%s the run in %s", "going on with" if begun else "beginning", out)
-        listed = plan(config)
+        listed, made = plan(config), False
         for number, stage in enumerate(listed, start=1):
             heading = f"[{number}/{len(listed)}] {stage.name}"
-            if (out / stage.leaves).exists():
+            if (out / stage.leaves).exists() and not (made and stage.sums_up):
                 print(f"{heading}: there already", flush=True)
                 continue
             print(heading, flush=True)
             since = time.perf_counter()
-            outcome = stage.make(work)
+            outcome, made = stage.make(work), True
             seconds = time.perf_counter() - since
             note_stage(
                 out,

@@ -107,6 +107,16 @@ def test_a_finished_run_is_not_made_again(
         run(small, ["seed=1"], finished)
 
 
+def test_what_is_missing_is_made_again_and_the_report_with_it(finished: Path, small: Path) -> None:
+    identity = load_bundle(finished / "bundle").id
+    shutil.rmtree(finished / "bundle")
+    (finished / run_folder.REPORT).write_text("made while the run was under way")
+    assert run(small, [], finished) == 0
+    assert load_bundle(finished / "bundle").id == identity
+    assert "data:image/" in (finished / run_folder.REPORT).read_text()
+    assert [entry.stage for entry in read_run(finished).stages][-2:] == ["bundle", "report"]
+
+
 def test_a_run_of_an_older_version_goes_on(small: Path, tmp_path: Path) -> None:
     config = load_config(small)
     with claim(tmp_path / "run", config):
