@@ -70,7 +70,8 @@ def save_checkpoint(folder: Path, progress: Progress, save_policy: Callable[[Pat
         save_policy: writes the policy's files into the folder that it is given.
     """
     path = folder / f"iteration-{progress.iteration:06d}"
-    shutil.rmtree(path, ignore_errors=True)  # of an attempt that went another way
+    for left in (path, *folder.glob(".iteration-*")):  # by an attempt that was killed
+        shutil.rmtree(left, ignore_errors=True)
     arrays: dict[str, NDArray[Any]] = {}
     described = {
         name: [[_describe(t, arrays) for t in group] for group in groups]

@@ -7,7 +7,6 @@ been.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import time
 from collections import Counter
@@ -15,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +25,7 @@ from sim_training.grpo.checkpoint import Progress, checkpoints, load_progress, s
 from sim_training.grpo.engine import WEIGHTS
 from sim_training.grpo.experience import Answer, Environments, Episode, Looks, Trajectory
 from sim_training.grpo.settings import GrpoSettings
+from sim_training.grpo.tracking import Heard, tracking
 from sim_training.history import Counted, Iteration, append_iteration
 from sim_training.randomisation import PLACEMENT_KEY, Randomisation, generator
 from sim_training.rollouts import Environments as Simulations
@@ -43,7 +42,6 @@ log = logging.getLogger(__name__)
 
 POLICY = "policy.safetensors"
 BEST = "best.safetensors"
-Heard = Callable[[Iteration], None]
 RegionOf = Callable[[int], str]
 
 
@@ -149,7 +147,7 @@ def learn(
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = _resume(actor, folder)
-    with _tracking(settings, folder) as track:
+    with tracking(settings.tracking, folder) as track:
         while state.iteration < settings.iterations:
             iteration = _iterate(state, actor, environments, varied, settings, region_of)
             if iteration.greedy is not None and iteration.greedy.successes > state.best:
@@ -391,43 +389,3 @@ class _Clock:
 
     def elapsed_s(self) -> float:
         return time.perf_counter() - self._start
-
-
-@contextmanager
-def _tracking(settings: GrpoSettings, folder: Path) -> Iterator[Heard]:
-    """Yield what sends an iteration's figures to verl's trackers."""
-    if not settings.tracking:
-        yield lambda iteration: None  # noqa: ARG005
-        return
-    from verl.utils.tracking import Tracking
-
-    os.environ["TENSORBOARD_DIR"] = str(folder / "tensorboard")
-    os.environ["VERL_FILE_LOGGER_PATH"] = str(folder / "tracking.jsonl")
-    tracking = Tracking("simplevla", folder.parent.name, list(settings.tracking), config={})
-    try:
-        yield lambda iteration: tracking.log(_figures(iteration), step=iteration.iteration)
-    finally:
-        if hasattr(tracking, "finish"):
-            tracking.finish()
-
-
-def _figures(iteration: Iteration) -> dict[str, Any]:
-    sampled = iteration.sampled
-    figures = {
-        "success/sampled": sampled.rate.rate,
-        "groups/kept": iteration.kept_groups / max(iteration.groups, 1),
-        "groups/updated": iteration.updated_groups,
-        "update/loss": iteration.loss,
-        "update/entropy": iteration.entropy,
-        "update/ratio": iteration.ratio,
-        "update/clip_fraction": iteration.clip_fraction,
-        "update/gradient_norm": iteration.gradient_norm,
-        "update/learning_rate": iteration.learning_rate,
-        "update/temperature": iteration.temperature,
-        **{f"seconds/{name}": value for name, value in iteration.seconds.items()},
-        **{f"region/{name}": part.rate.rate for name, part in iteration.regions.items()},
-        **{f"strategy/{k}": v / max(sampled.successes, 1) for k, v in sampled.strategies.items()},
-    }
-    if iteration.greedy is not None:
-        figures["success/greedy"] = iteration.greedy.rate.rate
-    return figures

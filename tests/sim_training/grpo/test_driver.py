@@ -70,6 +70,7 @@ def test_a_run_that_was_killed_becomes_the_run_that_was_not(run: Run, lamps: Any
     assert 3 <= len(read_history(tmp_path / "cut")) < 5
     shutil.copytree(checkpoints(tmp_path / "cut")[-1], tmp_path / "cut/.iteration-000004.left")
     resumed = run(tmp_path / "cut", settings)
+    assert not list((tmp_path / "cut").glob(".iteration-*"))
     assert [untimed(i) for i in resumed] == [untimed(i) for i in whole]
     one, other = (load_file(tmp_path / name / "policy.safetensors") for name in ("whole", "cut"))
     assert all((one[name] == other[name]).all() for name in one)
