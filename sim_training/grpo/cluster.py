@@ -38,10 +38,27 @@ def cluster(placement: PlacementSettings) -> Iterator[None]:
     """Connect to the cluster of ``placement``, or start one on the loopback interface of this host.
 
     A session that is connected already is used, and left.
+
+    Raises:
+        UnavailableError: there is no such cluster, or none can be started.
     """
     if ray.is_initialized():
         yield
         return
+    try:
+        _connect(placement)
+    except Exception as error:  # ray.init raises bare exceptions
+        raise UnavailableError(
+            f"Ray does not start: {str(error).splitlines()[0]}",
+            "check placement.ray_address; on a busy machine set RAY_raylet_start_wait_time_s=300",
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(placement: PlacementSettings) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if placement.ray_address:
         ray.init(address=placement.ray_address, **quiet)
@@ -50,10 +67,6 @@ def cluster(placement: PlacementSettings) -> Iterator[None]:
         wanted = 1 + placement.learners + placement.actors + placement.environment_workers
         with _loopback():
             ray.init(num_cpus=max(wanted, os.cpu_count() or 1), include_dashboard=False, **quiet)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 class RayActor:
