@@ -240,7 +240,8 @@ def _sample(
         seeds = curriculum.draw_seeds(
             sampling.sampled_groups - len(again),
             (settings.seed, state.iteration, round_number),
-            avoid={group[0].episode.seed for group in again},
+            # Advantages are taken by initial state: no two groups of one update may share theirs.
+            avoid={group[0].episode.seed for group in [*again, *state.failed, *state.ready]},
             region_of=region_of if sampling.curriculum else None,
             success=state.regions,
         )
