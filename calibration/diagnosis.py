@@ -24,7 +24,7 @@ from calibration.faults import (
 )
 from calibration.geometry import Array, difference, inverse, log_rotation
 from calibration.observability import Noise, PlannedPose, RigGeometry, plan_grippers, plan_poses
-from calibration.refinement import JointMotion, Model, PoseMotion, Seen, Setup
+from calibration.refinement import JointMotion, Model, PoseMotion, Seen, Setup, arm_scale
 from calibration.robust import LEAST_INLIERS, Agreement, agree
 from calibration.starts import opencv_hand_eye
 from simplevla.errors import CalibrationError
@@ -118,7 +118,7 @@ def require_zeros(model: Model, with_offsets: Model, found: Agreement, rng: np.r
     if model.find_offsets or not len(with_offsets.free()):
         return
     again = agree(with_offsets, rng)
-    much_better = again.estimate.scales["arm"] < 0.6 * found.estimate.scales["arm"]
+    much_better = arm_scale(model, again.estimate.scales) < 0.6 * arm_scale(model, found.estimate.scales)
     if again.consistent and again.inliers.sum() >= found.inliers.sum() and much_better:
         offsets = ", ".join(f"{x:.2f}" for x in np.rad2deg(again.estimate.offsets_rad))
         raise InconsistentDataError(
@@ -134,7 +134,7 @@ def require_still(model: Model, found: Agreement, stamps: NDArray[np.int64]) -> 
     if gain > _STEP_CHI2:
         kept = order[found.inliers[order]]
         raise _moved(first == 0, model, int(kept[k]), step, len(kept) - k)
-    if (~found.inliers).sum() >= _LEAST_SIDE or found.estimate.scales["arm"] > _LARGE_NOISE:
+    if (~found.inliers).sum() >= _LEAST_SIDE or arm_scale(model, found.estimate.scales) > _LARGE_NOISE:
         everyone = np.ones(len(order), bool)
         places = [*_moments(found.inliers[order]), _best_step(found, order, everyone)[1]]
         moved = _block_that_moved(model, order, places)
@@ -248,7 +248,7 @@ def _block_that_moved(
         ):
             scatter, middle = _scatter(poses)
             step = difference(middle, before)
-            noise = max(most.estimate.scales["arm"], 0.3)
+            noise = max(arm_scale(model, most.estimate.scales), 0.3)
             if scatter > 2.5 * noise or _size(step) < 2.5 * max(scatter, 0.5 * noise):
                 continue
             figure = scatter / noise + 2 * float((~most.inliers).sum())

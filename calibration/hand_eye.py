@@ -244,7 +244,7 @@ def _result(
         rms_px=float(np.sqrt(np.sum(pixels**2) / max(kept.weights.sum(), 1))),
         held_out_px=held_out_px,
         held_out_m=held_out_m,
-        arm_noise=float(estimate.scales["arm"] * model.arm.deviations()[0]),
+        arm_noise=float(estimate.scales[next(iter(model.arm.parts()))] * model.arm.deviations()[0]),
         pixel_noise_px=float(np.sqrt(np.mean(kept.noise_px**2))),
         board_scale=scale,
     )

@@ -50,6 +50,9 @@ class Motion(Protocol):
     def deviations(self) -> Array:
         """Return (n,) the standard deviation of each source of noise."""
 
+    def parts(self) -> dict[str, slice]:
+        """Return the sources in groups, each of which is as noisy as expected or so many times more."""
+
     def free_offsets(self) -> NDArray[np.int64]:
         """Return which sources are joints whose constant offset the data can show."""
 
@@ -82,6 +85,10 @@ class JointMotion:
     def deviations(self) -> Array:
         """See :class:`Motion`."""
         return np.full(self.joints_rad.shape[1], self.deviation_rad)
+
+    def parts(self) -> dict[str, slice]:
+        """See :class:`Motion`."""
+        return {"joints": slice(None)}
 
     def free_offsets(self) -> NDArray[np.int64]:
         """See :class:`Motion`."""
@@ -121,6 +128,10 @@ class PoseMotion:
     def deviations(self) -> Array:
         """See :class:`Motion`."""
         return np.repeat([self.deviation_m, self.deviation_rad], 3)
+
+    def parts(self) -> dict[str, slice]:
+        """See :class:`Motion`."""
+        return {"position": slice(0, 3), "rotation": slice(3, 6)}
 
     def free_offsets(self) -> NDArray[np.int64]:
         """See :class:`Motion`."""
@@ -312,7 +323,12 @@ def evaluate(
 
 def sources(model: Model) -> list[str]:
     """Return the names of the sources of noise, the arm's last."""
-    return [*model.seen.roots, "arm"]
+    return [*model.seen.roots, *model.arm.parts()]
+
+
+def arm_scale(model: Model, scales: dict[str, float]) -> float:
+    """Return how many times the expected the arm's noise is, root mean square over its parts."""
+    return float(np.sqrt(np.mean([scales[name] ** 2 for name in model.arm.parts()])))
 
 
 def noise_scales(
@@ -372,7 +388,7 @@ def _linearise(model: Model, state: State, scales: dict[str, float], pictures: P
     else:
         residuals, corner_roots = pictures.around(predicted)
         roots = {"corners": corner_roots}
-    roots["arm"] = arm * model.arm.deviations()
+    roots |= _arm_roots(model, arm)
     total = sum(scales[name] ** 2 * root @ np.swapaxes(root, 1, 2) for name, root in roots.items())
     return residuals, np.linalg.inv(np.asarray(total)), columns
 
@@ -381,7 +397,12 @@ def _roots(model: Model, state: State, pictures: Pictures | None) -> dict[str, A
     camera, board, offsets = state
     gripper, predicted = model.predict(camera, board, offsets)
     roots = dict(model.seen.roots) if pictures is None else {"corners": pictures.around(predicted)[1]}
-    return roots | {"arm": model.noise_slopes(board, gripper) * model.arm.deviations()}
+    return roots | _arm_roots(model, model.noise_slopes(board, gripper))
+
+
+def _arm_roots(model: Model, slopes: Array) -> dict[str, Array]:
+    deviations = model.arm.deviations()
+    return {name: slopes[:, :, part] * deviations[part] for name, part in model.arm.parts().items()}
 
 
 def _normal(now: Linear, weight: Array, prior: Array, offsets: Array) -> tuple[Array, Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.geometry import Array
-from calibration.refinement import Estimate, Model, Pictures, evaluate, fit, noise_scales
+from calibration.refinement import Estimate, Model, Pictures, arm_scale, evaluate, fit, noise_scales
 from calibration.starts import start
 
 LEAST_INLIERS = 2 / 3  # fewer views than this part agreeing is no agreement
@@ -38,7 +39,7 @@ def agree(
     rng: np.random.Generator,
     *,
     pictures: Pictures | None = None,
-    scaled: tuple[str, ...] = ("arm",),
+    scaled: Sequence[str] | None = None,
 ) -> Agreement:
     """Return what most views agree on.
 
@@ -49,8 +50,9 @@ def agree(
         model: unknowns and data.
         rng: of the groups of views that starting values are drawn from.
         pictures: the corners, for the last fits.
-        scaled: the sources of noise whose size is estimated; the others are as given.
+        scaled: the sources of noise whose size is estimated, the arm's by default; others are as given.
     """
+    scaled = list(model.arm.parts()) if scaled is None else scaled
     camera, board = start(model, rng)
     first = evaluate(model, camera, board)
     scales = dict(first.scales)
@@ -77,7 +79,7 @@ def agree(
     if pictures is not None and inliers.sum() >= 4:
         estimate = _polished(model, estimate, inliers, pictures, scaled)
     enough = inliers.sum() >= LEAST_INLIERS * len(inliers)
-    plausible = all(estimate.scales[name] < _MOST_SCALE for name in scaled)
+    plausible = arm_scale(model, estimate.scales) < _MOST_SCALE
     return Agreement(estimate, inliers, bool(enough and plausible))
 
 
@@ -86,7 +88,7 @@ def _polished(
     estimate: Estimate,
     inliers: NDArray[np.bool_],
     pictures: Pictures,
-    scaled: tuple[str, ...],
+    scaled: Sequence[str],
 ) -> Estimate:
     """Return the estimate that minimises the reprojection error itself, of the views that agree."""
     keep = np.flatnonzero(inliers)
