@@ -176,13 +176,15 @@ class Schedule:
         while self._took_s and now_s - self._took_s[0][0] > _REMEMBERED_S:
             self._took_s.popleft()
             self._learn()
+        for client in [c for c, s in self._asked_s.items() if now_s - s > _ACTIVE_S]:
+            del self._asked_s[client]
 
     def _learn(self) -> None:
         self.usual_s = median(took for _, took in self._took_s) if self._took_s else 0.0
 
     def _worth_waiting(self, now_s: float) -> bool:
         first = next(iter(self._waiting.values()))
-        self._asked_s = {c: s for c, s in self._asked_s.items() if now_s - s < _ACTIVE_S}
+        self._forget_old(now_s)
         full = len(self._waiting) >= min(self.max_batch, len(self._asked_s))
         return not full and now_s < first.turn_s + self._batch_wait_s
 

@@ -22,6 +22,7 @@ from policy_server import protocol
 from policy_server.address import require_local
 from policy_server.door import Door, Peer, Received
 from policy_server.hot_swap import require_swappable
+from policy_server.incumbent import Answer, Incumbent, InternalError, compute
 from policy_server.keys import ServerKeys
 from policy_server.local_link import slot_bytes
 from policy_server.metrics import Metrics
@@ -31,7 +32,7 @@ from policy_server.served_policy import ServedPolicy, Split
 from simplevla.action_chunk import ActionChunk
 from simplevla.bundle import Manifest
 from simplevla.embodiment import require_same
-from simplevla.errors import ChunkError, SimplevlaError, UnavailableError
+from simplevla.errors import SimplevlaError, UnavailableError
 from simplevla.observation import Observation, check_observation
 
 _POLL_S = 0.5
@@ -46,12 +47,6 @@ class HandshakeError(SimplevlaError):
     """A client asks for actions before it has said which robot it speaks for."""
 
     code = "no_handshake"
-
-
-class InternalError(SimplevlaError):
-    """Something failed in the server that is not the client's doing."""
-
-    code = "internal"
 
 
 @dataclass(frozen=True)
@@ -82,18 +77,6 @@ class _Turn:
     ready_s: float
 
 
-@dataclass
-class _Probation:
-    """A policy that was promoted, the one before it, and after how many answers that is let go of."""
-
-    policy: ServedPolicy
-    before: ServedPolicy
-    left: int = 20
-
-
-Answer = tuple[ActionChunk, Split] | SimplevlaError
-
-
 class PolicyServer:
     """Serves one policy until told to stop. A context manager: it listens, warm, inside the block."""
 
@@ -114,7 +97,7 @@ class PolicyServer:
             ConfigError: the address is no address, or other machines could reach it.
         """
         require_local(address, allow_remote=options.allow_remote, encrypted=options.keys is not None)
-        self._policy = policy
+        self._incumbent = Incumbent(policy)
         self._metrics = options.metrics
         images = [3 * camera.width * camera.height for camera in policy.manifest.embodiment.cameras]
         self._sizes = {c.name: (c.width, c.height) for c in policy.manifest.embodiment.cameras}
@@ -137,7 +120,6 @@ class PolicyServer:
         self._answered = 0
         self._refused = 0
         self._swaps = 0
-        self._probation: _Probation | None = None
 
     def __enter__(self) -> PolicyServer:
         """Warm the policy up, and listen.
@@ -149,12 +131,12 @@ class PolicyServer:
         """
         self._resources.enter_context(self._door)
         try:
-            self._policy.warm_up()
+            self._incumbent.policy.warm_up()
         except BaseException:
             self._resources.close()
             raise
         if self._metrics:
-            self._metrics.serves(self._policy.policy_id)
+            self._metrics.serves(self._incumbent.policy.policy_id)
         self._ready_since = time.monotonic()
         return self
 
@@ -171,12 +153,12 @@ class PolicyServer:
     @property
     def manifest(self) -> Manifest:
         """The served bundle's."""
-        return self._policy.manifest
+        return self._incumbent.policy.manifest
 
     @property
     def policy_id(self) -> str:
         """The served bundle's identity."""
-        return self._policy.policy_id
+        return self._incumbent.policy.policy_id
 
     def stop(self) -> None:
         """Make :meth:`serve` answer what has arrived and return; safe from any thread and from a signal."""
@@ -205,11 +187,13 @@ class PolicyServer:
         Raises:
             EmbodimentError: it is for another robot, or needs cameras that clients do not send.
         """
-        require_swappable(self._policy.manifest, policy.manifest)
-        before = self._policy
-        self._probation = _Probation(policy, before)
-        self._install(policy)
-        self._swaps += 1
+        require_swappable(self.manifest, policy.manifest)
+        with self._lock:
+            before = self._incumbent.promote(policy)
+            self._schedule.max_batch = policy.max_batch
+            self._swaps += 1
+        if self._metrics:
+            self._metrics.serves(policy.policy_id)
         _log.info("policy %s answers now, instead of %s", policy.policy_id[:12], before.policy_id[:12])
 
     def ask(
@@ -262,8 +246,8 @@ class PolicyServer:
         with self._lock:
             return protocol.Status(
                 request=request,
-                policy_id=self._policy.policy_id,
-                backend=self._policy.session.info.backend,
+                policy_id=self._incumbent.policy.policy_id,
+                backend=self._incumbent.policy.session.info.backend,
                 uptime_s=time.monotonic() - self._ready_since,
                 answered=self._answered,
                 refused=self._refused,
@@ -333,10 +317,11 @@ class PolicyServer:
 
     def _drain(self, other: threading.Thread) -> None:
         """Answer what has arrived, refuse what still comes, and leave when all is done or time is up."""
-        while self._look(0.0):
-            pass
-        with self._lock:
-            self._draining = True
+        with self._at_door:
+            while self._look(0.0):
+                pass
+            with self._lock:
+                self._draining = True
         deadline_s = time.monotonic() + _DRAIN_S
         while time.monotonic() < deadline_s:
             with self._lock:
@@ -347,7 +332,9 @@ class PolicyServer:
             while jobs:
                 self.answer(jobs)
                 jobs = self.due()
-            self._look(0.01)
+            other.join(0.01)  # it comes to the door once more, to see that it is to end
+            with self._at_door:
+                self._look(0.0)
         _log.warning("not everything was answered within %.0f s", _DRAIN_S)
 
     def take(self, received: Received) -> None:
@@ -368,7 +355,7 @@ class PolicyServer:
             refusal = error.with_traceback(None)
         except Exception:
             _log.exception("request failed")
-            refusal = InternalError("the policy server failed to answer", "read the server's log")
+            refusal = InternalError()
         self._send_refusal(received.peer, request, refusal)
 
     def _handle(self, received: Received, message: protocol.Message) -> None:
@@ -377,7 +364,7 @@ class PolicyServer:
             if peer not in self._welcomed:
                 raise HandshakeError("say hello first", "use the client of this version of simplevla")
             observation = protocol.decode_observation(message, self._sizes)
-            policy = self._policy
+            policy = self._incumbent.policy
             check_observation(observation, policy.manifest.embodiment, policy.manifest.cameras)
             receive_ms = 1e3 * (time.perf_counter() - received.start_s)
             self._admit(
@@ -403,7 +390,7 @@ class PolicyServer:
             self._welcomed.popitem(last=False)
 
     def _welcome(self, peer: Peer, hello: protocol.Hello) -> protocol.Welcome:
-        policy = self._policy
+        policy = self._incumbent.policy
         manifest = policy.manifest
         require_same(hello.embodiment, manifest.embodiment, have_is="the client", want_is="the bundle")
         self.welcome(peer)
@@ -435,7 +422,7 @@ class PolicyServer:
         with self._lock:
             if self._draining:
                 raise DrainingError("the server ends", "connect to another one, or wait for its return")
-            job = Job(client, observation, self._policy, deadline_s, now_s, refuse, answer)
+            job = Job(client, observation, self._incumbent.policy, deadline_s, now_s, refuse, answer)
             refusals = self._schedule.admit(job, now_s)
         _refuse(refusals)
 
@@ -460,31 +447,18 @@ class PolicyServer:
 
     def _answers(self, jobs: list[Job]) -> list[Answer]:
         policy: ServedPolicy = jobs[0].policy
-        answers = _computed(policy, jobs)
-        failed = any(isinstance(answer, ChunkError | InternalError) for answer in answers)
-        probation = self._probation
-        if probation is None or probation.policy is not policy:
-            return answers
-        if not failed:
-            probation.left -= len(jobs)
-            if probation.left <= 0:
-                self._probation = None  # the one before is let go of
-            return answers
-        _log.error("policy %s fails; the one before answers again", policy.policy_id[:12])
-        self._probation = None
-        self._install(probation.before)
+        observations = [job.observation for job in jobs]
+        answers = compute(policy, observations)
         with self._lock:
-            self._schedule.hand_over(policy, probation.before)
+            if not self._incumbent.falls(policy, answers):
+                return answers
+            before = self._incumbent.policy
+            self._schedule.max_batch = before.max_batch
+            self._schedule.hand_over(policy, before)
         if self._metrics:
+            self._metrics.serves(before.policy_id)
             self._metrics.swap("rolled_back")
-        return _computed(probation.before, jobs)
-
-    def _install(self, policy: ServedPolicy) -> None:
-        with self._lock:
-            self._policy = policy
-            self._schedule.max_batch = policy.max_batch
-        if self._metrics:
-            self._metrics.serves(policy.policy_id)
+        return compute(before, observations)
 
     # --- answers, from both threads ---
 
@@ -512,17 +486,6 @@ class PolicyServer:
             self._refused += 1
         if self._metrics:
             self._metrics.refused(error.code)
-
-
-def _computed(policy: ServedPolicy, jobs: list[Job]) -> list[Answer]:
-    """Return the policy's answers; if the batch fails, each alone, so that none spoils another's."""
-    try:
-        return policy.answer_many([job.observation for job in jobs])
-    except Exception:
-        _log.exception("inference failed")
-    if len(jobs) == 1:
-        return [InternalError("the policy server failed to answer", "read the server's log")]
-    return [answer for job in jobs for answer in _computed(policy, [job])]
 
 
 def _refuse(refusals: Refusals) -> None:

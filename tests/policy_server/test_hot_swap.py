@@ -226,6 +226,6 @@ def test_a_served_bundle_is_swapped_on_a_signal(
             assert client.health().refused == 0
     finally:
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     shutil.rmtree(old.path)
     assert load_bundle(link).id == new.id

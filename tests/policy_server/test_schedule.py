@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from policy_server.schedule import DeadlineError, Job, Schedule, SupersededError
@@ -127,6 +127,8 @@ def test_who_is_gone_is_forgotten() -> None:
     assert schedule.take(1.0) == []
 
 
+# Drawing sixty steps can take longer on a busy machine than hypothesis expects.
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(
     st.lists(
         st.tuples(

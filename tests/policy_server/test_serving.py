@@ -20,6 +20,7 @@ from policy_server import protocol
 from policy_server.client import PolicyClient, RemoteError
 from policy_server.jpeg import decode_jpeg, encode_jpeg
 from policy_server.metrics import Metrics, MetricsPage
+from policy_server.schedule import DeadlineError
 from policy_server.served_policy import ServedPolicy
 from policy_server.server import PolicyServer
 from simplevla.bundle import Bundle
@@ -129,24 +130,28 @@ def test_several_robots_are_answered_in_one_run_each_with_its_own(
     wanted = [policy.answer(observe(seed))[0].actions for seed in range(4)]
     have: dict[int, Any] = {}
 
-    with serving(policy, batch_wait_s=0.5) as server:
-        clients = [PolicyClient(server.address, embodiment=embodiment, timeout_s=20) for _ in range(4)]
+    with serving(policy) as server:
+        clients = [PolicyClient(server.address, embodiment=embodiment, timeout_s=60) for _ in range(4)]
         for client in clients:
             client.connect()
-            client.act(observe())
-        session.batches.clear()
 
         def ask(seed: int) -> None:
             have[seed] = clients[seed].act(observe(seed))
 
         threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
-        for thread in threads:
+        session.batches.clear()
+        session.pause.clear()
+        threads[0].start()
+        wait_for(lambda: session.batches == [1])
+        for thread in threads[1:]:
             thread.start()
+        wait_for(lambda: server.status().waiting == 3)
+        session.pause.set()
         for thread in threads:
-            thread.join(30)
+            thread.join(60)
         for client in clients:
             client.close()
-    assert session.batches == [4]
+    assert session.batches == [1, 3]
     for seed in range(4):
         np.testing.assert_array_equal(have[seed].chunk.actions, wanted[seed])
         assert have[seed].timing.total_ms <= have[seed].round_trip_ms
@@ -169,19 +174,22 @@ def test_a_batch_that_fails_is_answered_one_by_one(
 ) -> None:
     session.info = dataclasses.replace(session.info, max_batch=2)
     with (
-        serving(policy, batch_wait_s=0.5) as server,
+        serving(policy) as server,
+        talking(server, embodiment) as first,
         talking(server, embodiment) as a,
         talking(server, embodiment) as b,
     ):
+        session.batches.clear()
+        session.pause.clear()
+        say(first, 1, observe())
+        wait_for(lambda: session.batches == [1])
         for raw in (a, b):
             say(raw, 1, observe())
-        assert {type(hear(raw)) for raw in (a, b)} == {protocol.Chunk}
-        session.batches.clear()
+        wait_for(lambda: server.status().waiting == 2)
         session.failure = RuntimeError("too hot")
-        for raw in (a, b):
-            say(raw, 2, observe())
-        assert {type(hear(raw)) for raw in (a, b)} == {protocol.Chunk}
-    assert session.batches[-2:] == [1, 1]
+        session.pause.set()
+        assert {type(hear(raw)) for raw in (first, a, b)} == {protocol.Chunk}
+    assert session.batches == [1, 1, 1]
 
 
 def test_the_end_waits_for_what_is_computed_and_refuses_what_comes_then(
@@ -211,7 +219,7 @@ def test_another_front_door_asks_in_turn(
     with pytest.raises(ObservationError):
         server.ask("elsewhere", dataclasses.replace(observe(), images={}), 5)
     session.pause.clear()
-    with pytest.raises(UnavailableError):
+    with pytest.raises((UnavailableError, DeadlineError)):  # the latter where one answer takes longer
         server.ask("elsewhere", observe(), 0.1)
     session.pause.set()
 
