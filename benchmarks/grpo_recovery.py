@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--iterations", type=whole_number(2, 1000), default=3)
     parser.add_argument("--groups", type=whole_number(1, 1000), default=4)
     parser.add_argument("--learners", type=whole_number(2, 64), default=2)
+    parser.add_argument("--horizon", type=whole_number(1, 1000), default=60, help="actions of an episode")
     parser.add_argument(
         "--temperature", type=float, default=2.0, help="high: the shipped policy hardly fails"
     )
@@ -74,9 +75,9 @@ def _train(args: argparse.Namespace) -> int:
     settings = GrpoSettings(
         iterations=args.iterations,
         sampling=SamplingSettings(
-            groups=args.groups, temperature=args.temperature, horizon=60, dynamic=False
+            groups=args.groups, temperature=args.temperature, horizon=args.horizon, dynamic=False
         ),
-        update=UpdateSettings(mini_batch=8 * args.learners, micro_batch=8, learning_rate=1e-4),
+        update=UpdateSettings(mini_batch=8 * args.learners, micro_batch=8, learning_rate=1e-4, epochs=2),
         placement=PlacementSettings(
             engine=args.engine,
             learners=1 if local else args.learners,
