@@ -33,7 +33,6 @@ from simplevla.files import sha256_file, whole_directory
 
 OPSET = 18
 PROMPT, STEP, SIDECAR = "prompt.onnx", "step.onnx", "graph.json"
-WEIGHTS_SUFFIX = ".data"
 _SCHEMA = 1
 _CODE = (
     "simplevla.policy.network",

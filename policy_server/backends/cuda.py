@@ -84,7 +84,9 @@ class Cuda:
     def end_capture(self) -> Any:
         """Return what was recorded, ready to launch."""
         graph = _checked(self._runtime.cudaStreamEndCapture(self._stream))
-        return _checked(self._runtime.cudaGraphInstantiate(graph, 0))
+        launchable = _checked(self._runtime.cudaGraphInstantiate(graph, 0))
+        _checked(self._runtime.cudaGraphDestroy(graph))
+        return launchable
 
     def launch(self, graph: Any) -> None:
         """Do what was recorded."""

@@ -11,7 +11,7 @@ import pytest
 
 from policy_server.backends import open_session
 from policy_server.backends.base import EngineError
-from policy_server.backends.cuda import graphics_processor
+from policy_server.backends.cuda import Cuda, graphics_processor
 from policy_server.backends.tensorrt_run import TensorRtStep
 from policy_server.compiler import compile_bundle
 from policy_server.engines import find_engine
@@ -210,3 +210,10 @@ def test_a_gpu_answers_as_torch_does(bundle: Bundle, backend: str, precision: st
     assert engine.record.parity is not None
     assert engine.record.parity.passed
     assert open_session(bundle, backend, precision=precision).info.device == graphics_processor()
+
+
+@pytest.mark.skipif(HAS_GPU, reason="there is a GPU")
+def test_without_a_gpu_cuda_is_an_error_that_says_so() -> None:
+    pytest.importorskip("cuda.bindings")
+    with pytest.raises(EngineError, match="nvidia-smi"):
+        Cuda()
