@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simplevla.cli import Command, whole_number
+from simplevla.cli import Command, require_choice, whole_number
 from simplevla.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -210,6 +210,10 @@ def _offline(args: argparse.Namespace) -> list[Check]:
     from robot_bridge.rig import load_rig
     from simplevla.session_record import load_session_record
 
+    if args.step == "session":
+        raise ConfigError(
+            "a whole session needs a robot or its twin", "give --twin, or one step's --samples"
+        )
     settings = _settings(args)
     path: Path = args.samples[0]
     if args.step == "intrinsics":
@@ -228,13 +232,11 @@ def _offline(args: argparse.Namespace) -> list[Check]:
     first = embodiment.cameras[0].name
     if args.step == "scene":
         return [offline.scene(path, settings, record, first)]
-    if args.step == "check":
-        name = args.arm or embodiment.arms[-1].name
-        arm = next((each for each in embodiment.arms if each.name == name), None)
-        if arm is None:
-            raise ConfigError(f"unknown arm {name!r}", "name an arm of the rig")
-        return [offline.check(path, settings, record, arm, first)]
-    raise ConfigError("a whole session needs a robot or its twin", "give --twin, or one step's --samples")
+    name = require_choice(
+        "arm", args.arm or embodiment.arms[-1].name, [arm.name for arm in embodiment.arms]
+    )
+    arm = next(each for each in embodiment.arms if each.name == name)
+    return [offline.check(path, settings, record, arm, first)]
 
 
 def _verdict(checks: list[Check]) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.camera import CameraModel
+from calibration.hand_eye import HandEye
 from robot_bridge.rig import Rig
 from simplevla.embodiment import Embodiment, Pose
 from simplevla.session_record import Check, Lens, SessionRecord, to_matrix, to_pose
@@ -21,6 +22,7 @@ class Findings:
 
     Attributes:
         fresh: the checks that were made anew.
+        solved: {(camera, arm): what was solved in this session}.
     """
 
     checks: list[Check] = field(default_factory=list)
@@ -33,6 +35,7 @@ class Findings:
     delays_s: dict[str, float] = field(default_factory=dict)
     table_top_m: float | None = None
     fresh: list[Check] = field(default_factory=list)
+    solved: dict[tuple[str, str], HandEye] = field(default_factory=dict)
 
     def record(self, rig: Rig, *, created_ns: int, source: str) -> SessionRecord:
         """Return the session record of what was found on ``rig``."""
@@ -80,9 +83,14 @@ class Findings:
 
     def place_camera(self, camera: str, in_base: Array, covariance: Array, base: Array) -> None:
         """Keep a camera's pose and covariance, given in the frame of a base that stands at ``base``."""
-        turn = np.kron(np.eye(2), base[:3, :3])
         self.camera_in_world[camera] = to_pose(base @ in_base)
-        self.covariances[f"camera {camera}"] = tuple((turn @ covariance @ turn.T).ravel().tolist())
+        self.covariances[f"camera {camera}"] = turned(covariance, base)
+
+
+def turned(covariance: Array, frame: Array) -> tuple[float, ...]:
+    """Return a (6, 6) covariance along the axes of ``frame`` (4, 4) as 36 values along its parent's."""
+    turn = np.kron(np.eye(2), frame[:3, :3])
+    return tuple((turn @ covariance @ turn.T).ravel().tolist())
 
 
 def lens_of(model: CameraModel) -> Lens:

@@ -25,6 +25,7 @@ from calibration.steps.bench import Bench, hold_board, put_board_down, show_boar
 from calibration.steps.check import check_record
 from calibration.steps.checks import one_line
 from calibration.steps.hand_eye import find_cameras
+from calibration.steps.intrinsics import measure_lens
 from calibration.steps.latency import find_delays
 from calibration.steps.scene import find_table, write_scene
 from calibration.twin_cell import running_twin
@@ -205,8 +206,6 @@ def run_intrinsics(job: Job, arm: str = "") -> list[Check]:
     Raises:
         SimplevlaError: as :func:`run_session`, or there is no such arm.
     """
-    from calibration.steps.intrinsics import measure_lens
-
     names = [each.name for each in job.rig.load_embodiment().arms]
     chosen = require_choice("arm", arm or names[-1], names)
     checks = []

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.arms_base import base_to_base, require_arms_not_swapped
 from calibration.camera import CameraModel
 from calibration.faults import TooFewPosesError
-from calibration.findings import Findings, lens_of
+from calibration.findings import Findings, lens_of, turned
 from calibration.hand_eye import HandEye, HandEyeOptions, calibrate_hand_eye
 from calibration.samples import View
 from calibration.settings import Settings
@@ -49,13 +50,13 @@ def find_cameras(bench: Bench, findings: Findings, arm: Arm) -> list[ShownPose]:
         every += shown
         lens = bench.lens(camera.name)
         found = solve([each.view for each in shown], bench.settings, lens, arm)
+        findings.solved[camera.name, arm.name] = found
         zeros.append(-np.asarray(found.joint_offsets_rad))
         base = findings.base(bench.placed, arm.name)
         if arm.name == reference:
             findings.place_camera(camera.name, found.camera_pose, found.covariance, base)
         else:
-            camera_in_world = to_matrix(findings.camera_in_world[camera.name])
-            _place_base(bench, findings, arm, camera_in_world @ np.linalg.inv(found.camera_pose), found)
+            _place_base(bench, findings, arm, camera.name, found)
         findings.lenses[camera.name] = lens_of(lens)
         findings.board_in_tool[arm.name] = to_pose(found.board_pose)
         check = findings.judged(judge(bench.settings, f"hand_eye {camera.name} {arm.name}", found))
@@ -124,13 +125,25 @@ def find_camera_again(
     return solve(true, bench.settings, lens, arm, joint_offsets=False)
 
 
-def _place_base(bench: Bench, findings: Findings, arm: Arm, base: Array, found: HandEye) -> None:
-    """Keep where the base of ``arm`` stands, and check that this is about where it is said to stand."""
+def _place_base(bench: Bench, findings: Findings, arm: Arm, camera: str, found: HandEye) -> None:
+    """Keep where the base of ``arm`` stands, and check that this is about where it is said to stand.
+
+    Raises:
+        SwappedArmsError: the two arms were taken for each other.
+    """
+    first = bench.placed.arms[0]
+    first_base = findings.base(bench.placed, first.name)
+    reference = findings.solved.get((camera, first.name))
+    if reference is not None:
+        between = base_to_base(reference, found)
+        require_arms_not_swapped(between, np.linalg.inv(first_base) @ to_matrix(arm.base))
+        base = first_base @ between.pose
+        findings.covariances[f"base {arm.name}"] = turned(between.covariance, first_base)
+    else:  # the first arm's part is an earlier session's, of which the camera's pose is left
+        base = to_matrix(findings.camera_in_world[camera]) @ np.linalg.inv(found.camera_pose)
+        findings.covariances.pop(f"base {arm.name}", None)
     apart_mm, turned_deg = difference(base, to_matrix(arm.base))
     findings.base_in_world[arm.name] = to_pose(base)
-    # The camera's own uncertainty from the first arm adds to that of this arm's view of it.
-    turn = np.kron(np.eye(2), base[:3, :3])
-    findings.covariances[f"base {arm.name}"] = tuple((turn @ found.covariance @ turn.T).ravel().tolist())
-    name = f"bases {bench.placed.arms[0].name} {arm.name}"
-    check = findings.judged(bench.settings.judge(name, {"apart_mm": apart_mm, "turned_deg": turned_deg}))
+    figures = {"apart_mm": apart_mm, "turned_deg": turned_deg}
+    check = findings.judged(bench.settings.judge(f"bases {first.name} {arm.name}", figures))
     bench.say(one_line(check))
