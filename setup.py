@@ -28,6 +28,7 @@ setup(
         (f"{SHARE}/launch", sorted(glob("launch/*.launch.py"))),
         *tree("config"),
         *tree("urdf"),
+        *tree("robot_pc"),
         *tree("bundles"),
     ],
 )

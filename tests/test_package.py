@@ -16,7 +16,7 @@ from simplevla import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ["simplevla", "policy_server", "sim_training", "robot_bridge", "calibration"]
-DATA = ["config", "urdf", "bundles", "launch", "resource"]
+DATA = ["config", "urdf", "bundles", "launch", "robot_pc", "resource"]
 FILES = ["setup.py", "setup.cfg", "pyproject.toml", "package.xml", "README.md", "LICENSE"]
 LEFT_BEHIND = shutil.ignore_patterns("__pycache__", "engines", "*.egg-info")
 
@@ -60,7 +60,7 @@ def test_colcon_builds_an_ament_package(checkout, tmp_path):
     share = prefix / "share/simplevla"
     assert (share / "package.xml").is_file()
     assert (share / "hook/ament_prefix_path.sh").is_file()
-    for name in ("config", "urdf", "bundles", "launch"):
+    for name in ("config", "urdf", "bundles", "launch", "robot_pc"):
         assert relative_files(share / name) == relative_files(checkout / name), name
     command = prefix / "lib/simplevla/simplevla"  # where `ros2 run simplevla simplevla` looks
     assert os.access(command, os.X_OK)
@@ -89,7 +89,7 @@ def test_pip_installs_the_command_and_its_data(checkout, tmp_path):
     module, share = call([python, "-c", where], cwd=tmp_path).split()
     assert Path(module).is_relative_to(site)
     assert Path(share) == environment / "share/simplevla"
-    for name in ("config", "urdf", "bundles", "launch"):
+    for name in ("config", "urdf", "bundles", "launch", "robot_pc"):
         assert relative_files(Path(share) / name) == relative_files(checkout / name), name
 
 
