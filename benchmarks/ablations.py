@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.config:
             if args.start is None:
                 raise ConfigError("nothing to start from", "give --start, a bundle")
-            common = _common(args.start, args.iterations, args.overrides)
+            common = common_overrides(args.start, args.iterations, args.overrides)
             listed = variants(load_config(args.config, common))
             names = args.only.split(",") if args.only else list(listed)
             chosen = {require_choice("variant", name, list(listed)): listed[name] for name in names}
@@ -96,11 +96,11 @@ def variants(config: TrainingConfig) -> dict[str, list[str]]:
     return found
 
 
-def _common(start: Path, iterations: int | None, overrides: Sequence[str]) -> list[str]:
+def common_overrides(start: Path, iterations: int | None, overrides: Sequence[str]) -> list[str]:
     """Return what all runs have in common: one start, one budget, no pictures."""
     common = [
-        f"start_from={start}", "demonstrations=null", "pretraining=null", "fine_tuning=null",
-        "corrections={}", "evaluation.videos=0", "grpo.sampling.rounds=1",
+        f"start_from={start}", "demonstrations=null", "pictures=null", "pretraining=null",
+        "fine_tuning=null", "corrections={}", "evaluation.videos=0", "grpo.sampling.rounds=1",
     ]  # fmt: skip
     if iterations:
         common.append(f"grpo.iterations={iterations}")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.ablations import FULL, variants
+from benchmarks.ablations import FULL, common_overrides, variants
 from benchmarks.ablations import main as ablations
 from sim_training import run_folder
 from sim_training.evaluation import BundleSource, EpisodeResult, Report, Share, save_report
@@ -22,6 +22,7 @@ from sim_training.report import duration, make_report
 from sim_training.results import compare, keep, markdown_table, mean_interval
 from sim_training.run_folder import Origin, StageEntry, note_stage
 from sim_training.run_record import read_run
+from sim_training.training import plan
 from sim_training.training_config import load_config
 from sim_training.videos import film_policies, side_by_side
 from simplevla.errors import ConfigError, RecordError
@@ -208,7 +209,12 @@ def test_ablations_take_one_part_away_and_are_kept_as_a_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = share_dir() / "config/training/move_can_pot.yaml"
-    changes = ["grpo={iterations: 2, sampling: {temperature: 1.6}}"]
+    common = common_overrides(Path("bundles/move_can_pot"), 3, ["evaluation.episodes=7"])
+    changes = ["grpo={iterations: 2, sampling: {temperature: 1.6}}", "pictures={}", *common]
+    config = load_config(path, changes)
+    assert config.grpo is not None
+    assert (config.grpo.iterations, config.evaluation.episodes) == (3, 7)
+    assert [stage.name for stage in plan(config)][:2] == ["evaluation before", "reinforcement learning"]
     listed = variants(load_config(path, changes))
     assert list(listed) == [FULL, "dynamic-sampling-off", "clip-higher-off", "temperature-1.0"]
     for overrides in listed.values():
