@@ -37,10 +37,11 @@ Vector = NDArray[np.float64]
 _KEPT_S = 90.0
 _STILL_RAD_S = 2e-3  # between two looks 0.1 s apart, per second
 _STILL_M_S = 1e-3
-_STILL_PATIENCE_S = 5.0
+_STILL_PATIENCE_S = 10.0
 _ARRIVE_PATIENCE_S = 4.0
 _MOVE_ATTEMPTS = 5
-_CATCH_UP_S, _CAUGHT_UP = 3.0, 0.02  # rad or m
+_FRESH_NS = 150_000_000
+_CATCH_UP_S, _CAUGHT_UP_RAD = 3.0, 0.02
 _HELD_S = 0.3
 _LEAD_S = 0.02
 _PICTURE_PATIENCE_S = 15.0  # a busy machine draws its twin slowly
@@ -171,9 +172,14 @@ class Cell:
         """Wait until the arms are where they were sent; arms that are blocked never are."""
         deadline = time.monotonic() + _CATCH_UP_S
         while time.monotonic() < deadline:
-            if np.abs(self.measured() - self._position()).max() < _CAUGHT_UP:
+            if self._is_there():
                 return
             time.sleep(0.05)
+
+    def _is_there(self) -> bool:
+        """Return whether the joints are about where they were sent; grippers may hold something."""
+        off = np.abs(self.measured() - self._position())
+        return all((off[part][:-1] < _CAUGHT_UP_RAD).all() for _, part in self.embodiment.slices())
 
     def _move_once(self, goal: Vector) -> bool:
         """Set out for ``goal`` and return whether the setpoint got there.
@@ -226,6 +232,7 @@ class Cell:
         """
         deadline = time.monotonic() + _STILL_PATIENCE_S + self.settings.settle_s
         still_since = time.monotonic()
+        arriving = still_since + _CATCH_UP_S  # arms that are not there by then are blocked
         before, before_s = self.measured(), time.monotonic()
         bounds = np.concatenate(
             [[*(_STILL_RAD_S for _ in arm.joints), _STILL_M_S] for arm in self.embodiment.arms]
@@ -233,11 +240,16 @@ class Cell:
         while time.monotonic() - still_since < self.settings.settle_s:
             time.sleep(0.1)
             now, now_s = self.measured(), time.monotonic()
-            if (np.abs(now - before) > bounds * (now_s - before_s)).any():
+            moved = bool((np.abs(now - before) > bounds * (now_s - before_s)).any())
+            if moved or (now_s < arriving and not self._is_there()) or not self._hears():
                 still_since = now_s
             before, before_s = now, now_s
             if now_s > deadline:
                 raise UnavailableError("the arms do not come to rest", "check what holds or pushes them")
+
+    def _hears(self) -> bool:
+        """Return whether every arm's feedback is fresh: one that is silent only seems to be still."""
+        return time.time_ns() - min(self._turns[-1].measured_ns) < _FRESH_NS
 
     def measured(self) -> Vector:
         """Return (D,) the newest measured positions; rad and m."""
