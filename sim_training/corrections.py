@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import io
 import logging
-import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -21,6 +22,7 @@ from sim_training.evaluation import Policy, PolicySource
 from sim_training.randomisation import generator
 from sim_training.seeds import FIRST_EVALUATION_SEED
 from sim_training.tasks import load_task
+from sim_training.workers import map_seeds
 from simplevla.errors import ConfigError
 from simplevla.files import sha256_file, write_atomic
 from simplevla.trial import FailureCode
@@ -61,7 +63,7 @@ def collect_corrections(
         raise ConfigError(f"{out} holds demonstrations already", "choose another folder or remove it")
     out.mkdir(parents=True, exist_ok=True)
     entries = []
-    for entry in _map(out, settings, seeds, source, expert_share, workers):
+    for entry in map_seeds(_Job(out, settings, source, expert_share), seeds, workers):
         entries.append(entry)
         if len(entries) % 10 == 0:
             log.info("%d of %d episodes corrected", len(entries), len(seeds))
@@ -76,6 +78,19 @@ def collect_corrections(
     return manifest
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What a process needs to know to correct a policy."""
+
+    out: Path
+    settings: Settings
+    source: PolicySource
+    expert_share: float
+
+    def __call__(self) -> AbstractContextManager[Callable[[int], Entry]]:
+        return _Corrector(self.out, self.settings, self.source(), self.expert_share)
+
+
 class _Corrector:
     """One world, one policy and the expert that corrects it."""
 
@@ -88,7 +103,13 @@ class _Corrector:
         self._world = World(settings.embodiment, task, randomisation=settings.randomisation)
         self._expert = Expert(self._world, task)
 
-    def record(self, seed: int) -> Entry:
+    def __enter__(self) -> _Corrector:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._world.close()
+
+    def __call__(self, seed: int) -> Entry:
         """Return the entry of the episode ``seed``."""
         from sim_training.episode import observe, play
 
@@ -122,28 +143,3 @@ class _Corrector:
         write_atomic(self._out / name, buffer.getvalue())
         log.debug("episode %d: success %s after %d actions", seed, success, done)
         return Entry(name, sha256_file(self._out / name), seed, len(states), done, world.strategy())
-
-
-def _map(
-    out: Path, settings: Settings, seeds: Sequence[int], source: PolicySource, share: float, workers: int
-) -> Iterator[Entry]:
-    if workers <= 1:
-        yield from map(_Corrector(out, settings, source(), share).record, seeds)
-        return
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, _start_worker, (out, settings, source, share)) as pool:
-        yield from pool.imap_unordered(_record_in_worker, seeds)
-
-
-_corrector: _Corrector | None = None
-
-
-def _start_worker(out: Path, settings: Settings, source: PolicySource, share: float) -> None:
-    global _corrector  # noqa: PLW0603 (one world and one policy for each process of the pool)
-    _corrector = _Corrector(out, settings, source(), share)
-
-
-def _record_in_worker(seed: int) -> Entry:
-    if _corrector is None:
-        raise RuntimeError("the worker was not started")
-    return _corrector.record(seed)

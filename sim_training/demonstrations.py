@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import io
 import logging
-import multiprocessing
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from sim_training.randomisation import Randomisation, generator
 from sim_training.seeds import FIRST_EVALUATION_SEED
 from sim_training.tasks import load_task
+from sim_training.workers import map_seeds
 from simplevla.embodiment import Embodiment
 from simplevla.errors import ConfigError, RecordError
 from simplevla.files import sha256_file, write_atomic
@@ -140,7 +141,8 @@ def collect(
         raise ConfigError(f"{out} holds demonstrations already", "choose another folder or remove it")
     out.mkdir(parents=True, exist_ok=True)
     entries: list[Entry] = []
-    for tried, entry in enumerate(_map(out, settings, seeds, workers), start=1):
+    job = _Job(out, settings)
+    for tried, entry in enumerate(map_seeds(job, seeds, workers), start=1):
         if entry is not None:
             entries.append(entry)
         if progress is not None:
@@ -241,14 +243,15 @@ def _check(settings: Settings, seeds: Sequence[int]) -> None:
             )
 
 
-def _map(out: Path, settings: Settings, seeds: Sequence[int], workers: int) -> Iterator[Entry | None]:
-    if workers <= 1:
-        with _Recorder(out, settings) as recorder:
-            yield from map(recorder.record, seeds)
-        return
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, _start_worker, (out, settings)) as pool:
-        yield from pool.imap_unordered(_record_in_worker, seeds)
+@dataclass(frozen=True)
+class _Job:
+    """What a process needs to know to record episodes."""
+
+    out: Path
+    settings: Settings
+
+    def __call__(self) -> AbstractContextManager[Callable[[int], Entry | None]]:
+        return _Recorder(self.out, self.settings)
 
 
 class _Recorder:
@@ -269,7 +272,7 @@ class _Recorder:
     def __exit__(self, *_: object) -> None:
         self._world.close()
 
-    def record(self, seed: int) -> Entry | None:
+    def __call__(self, seed: int) -> Entry | None:
         """Return the entry of the episode ``seed``, or None if the expert failed."""
         from sim_training.episode import play
 
@@ -325,17 +328,3 @@ def _noise(rng: np.random.Generator, strength_m: float, world: Any, k: int) -> A
         total[part] = [*(damped @ twist), rng.normal(0, _GRIPPER_PER_M * strength_m)]
     ramp: Array = np.arange(1, k + 1) / k
     return ramp[:, None] * total
-
-
-_recorder: _Recorder | None = None
-
-
-def _start_worker(out: Path, settings: Settings) -> None:
-    global _recorder  # noqa: PLW0603 (one world for each process of the pool)
-    _recorder = _Recorder(out, settings)
-
-
-def _record_in_worker(seed: int) -> Entry | None:
-    if _recorder is None:
-        raise RuntimeError("the worker was not started")
-    return _recorder.record(seed)
