@@ -304,7 +304,7 @@ def report(run: Run) -> str:
     """Make the page that shows the run."""
     from sim_training.report import make_report
 
-    return str(make_report(run.folder))
+    return make_report(run.folder).name
 
 
 def _encoder(path: Path) -> dict[str, torch.Tensor]:
