@@ -136,6 +136,8 @@ install_python() {
   rm -f "$STAMP"
   echo "setup: installing $(grep -c == "$lock") pinned packages into .venv (minutes at first; log: $LOG)"
   pip_install -r "$lock"
+  # openpi's own client, for the tests and benchmarks that talk to it: it asks for numpy<2 and runs with 2.
+  pip_install --no-deps openpi-client==0.1.2
   pip_install --no-deps --no-build-isolation -e .
 }
 
