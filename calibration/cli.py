@@ -140,7 +140,7 @@ def _add_live(parser: argparse.ArgumentParser) -> None:
         "--lens", action="append", default=[], metavar="CAMERA=FILE", help="a measured lens (camera.yaml)"
     )
     parser.add_argument(
-        "--poses", type=whole_number(5, 200), metavar="N", help="poses of each arm (default: the settings')"
+        "--poses", type=whole_number(6, 200), metavar="N", help="poses of each arm (default: the settings')"
     )
     parser.add_argument("--metal", type=Path, metavar="FILE", help="how the twin differs; see: twin --help")
     parser.add_argument("--no-window", action="store_true", help="pictures go to preview.png alone")

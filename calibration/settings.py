@@ -62,7 +62,7 @@ class Settings(Config):
     stream_scale: Annotated[int, Meta(ge=1, le=4)] = 2
     stream_rate_hz: Positive = 6.0
     poses: Count = 14
-    check_poses: Count = 6
+    check_poses: Count = 8
     pictures: Count = 2
     settle_s: Annotated[float, Meta(ge=0, le=10)] = 0.4
     speed: Annotated[float, Meta(gt=0, le=1)] = 0.5

@@ -24,7 +24,7 @@ from simplevla.session_record import Check, to_matrix, to_pose
 
 Array = NDArray[np.float64]
 
-LEAST_VIEWS = 5
+LEAST_VIEWS = 6
 
 
 def find_cameras(bench: Bench, findings: Findings, arm: Arm) -> list[ShownPose]:

@@ -77,7 +77,7 @@ class Session:
 def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     folder = tmp_path_factory.mktemp("session")
     settings = msgspec.structs.replace(
-        load_settings(), poses=9, check_poses=6, pictures=1, speed=0.8, settle_s=0.3
+        load_settings(), poses=9, check_poses=7, pictures=1, speed=0.8, settle_s=0.3
     )
     job = Job(RIG, settings, folder / "session.json", folder, say=print, metal=METAL, window=False)
     with opened(job) as bench:
