@@ -1,7 +1,7 @@
-"""How far the arms are from the table and from each other, cheap enough to ask 200 times a second.
+"""How far the arms are from the table, from each other and from themselves, for asking 200 times a second.
 
-Each arm is drawn as spheres along its links and each gripper as the corners of its fingers and of its
-rail. The table is the plane on which the task stands. Sizes are those of ``urdf/piper.urdf``.
+Each arm is drawn as capsules along its links, and each gripper also as the corners of its fingers and of
+its rail. The table is the plane on which the task stands. Sizes are those of ``urdf/piper.urdf``.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
+from robot_bridge.capsules import segment_distances
 from robot_bridge.limits import Cause, Vector
 from simplevla.embodiment import Arm, Embodiment
+from simplevla.errors import KinematicsError
 from simplevla.kinematics.chain import arm_chain
 
 TABLE_TOP_M = 0.74  # RoboTwin's table, in the world frame
@@ -26,11 +28,24 @@ _FINGER_THICKNESS_M = 0.018
 _RAIL_AHEAD_M = -0.052  # the rail's front face, from the grasp point
 _RAIL_HALF_LENGTH_M = 0.061
 _RAIL_HALF_WIDTH_M = 0.022
-_LINK_RADIUS_M = 0.055  # covers every link's cross-section
+_LINK_RADIUS_M = 0.055  # of the spheres; covers every link's cross-section
 _GRIPPER_RADIUS_M = 0.065  # covers the rail and open fingers
 _CARRIED_RADIUS_M = 0.02
 _SPACING_M = 0.06
 _ROUNDING_M = 1e-9
+
+# A Piper's capsules: the frames whose origins they join (0 is the base, 7 the tool), and their radii, m.
+# Column, upper arm, forearm, wrist, gripper.
+_JOINTS = 6
+_START, _END = [0, 2, 3, 4, 6], [2, 3, 4, 6, 7]
+_RADII_M = (0.076, 0.047, 0.065, 0.048, 0.066)
+_LOW_M = {
+    3: 0.045,
+    4: 0.048,
+    6: 0.03,
+}  # elbow, wrist and flange: frames and how far the arm reaches below them
+# What may meet of one arm. Neighbours touch, and the forearm meets the column with its wrist first.
+_SELF_PAIRS = ((0, 3), (0, 4), (1, 3), (1, 4))
 
 
 @dataclass(frozen=True)
@@ -39,6 +54,27 @@ class Margins:
 
     table_m: float = 0.005
     arms_m: float = 0.02
+    self_m: float = 0.005
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Capsules that shall not meet: which, of all arms' in a row, and who holds if they come too close.
+
+    Attributes:
+        first, second: (P,) indices of the capsules of each pair.
+        reach_m: (P,) sum of their radii.
+        margin_m: to keep free over that.
+        cause: how the event is named.
+        parts: of the arms that hold.
+    """
+
+    first: NDArray[np.int64]
+    second: NDArray[np.int64]
+    reach_m: NDArray[np.float64]
+    margin_m: float
+    cause: Cause
+    parts: tuple[slice, ...]
 
 
 class Workspace:
@@ -68,31 +104,40 @@ class Workspace:
         self._arms = [(_ArmShape(arm, carried.get(arm.name)), part) for arm, part in embodiment.slices()]
         self._table_top_m = table_top_m
         self._margins = margins or Margins()
+        self._groups = self._pair_up()
+        self._first = np.concatenate([group.first for group in self._groups])
+        self._second = np.concatenate([group.second for group in self._groups])
+        self._reach_m = np.concatenate([group.reach_m for group in self._groups])
+        self._starts = np.cumsum([0, *(len(group.first) for group in self._groups[:-1])])
 
     def unsafe(self, stop: Vector, now: Vector) -> list[tuple[Cause, slice]]:
         """Return what must hold, by cause; see :class:`~robot_bridge.limits.Clearance`."""
         found: list[tuple[Cause, slice]] = []
-        poses = [(shape, part, shape.frames(stop[part])) for shape, part in self._arms]
-        for shape, part, frames in poses:
-            height = shape.lowest(frames, stop[part.stop - 1]) - self._table_top_m
+        frames = self._frames(stop)
+        for (shape, part), pose in zip(self._arms, frames, strict=True):
+            height = shape.lowest(pose, stop[part.stop - 1]) - self._table_top_m
             if height < self._margins.table_m and height < self._height(shape, now[part]) - _ROUNDING_M:
                 found.append((Cause.TABLE, part))
-        for (a, part_a, frames_a), (b, part_b, frames_b) in combinations(poses, 2):
-            gap = _gap(a, frames_a, b, frames_b)
-            if gap < self._margins.arms_m:
-                gap_now = _gap(a, a.frames(now[part_a]), b, b.frames(now[part_b]))
-                if gap < gap_now - _ROUNDING_M:
-                    found += [(Cause.ARMS, part_a), (Cause.ARMS, part_b)]
+        gaps = self._gaps(frames)
+        close = [i for i, group in enumerate(self._groups) if gaps[i] < group.margin_m]
+        if close:
+            before = self._gaps(self._frames(now))
+            for i in close:
+                if gaps[i] < before[i] - _ROUNDING_M:
+                    found += [(self._groups[i].cause, part) for part in self._groups[i].parts]
         return found
 
     def heights(self, positions: Vector) -> list[float]:
-        """Return each gripper's height above the table at ``positions`` (D,), lowest point, m."""
+        """Return each arm's height above the table at ``positions`` (D,), lowest point, m."""
         return [self._height(shape, positions[part]) for shape, part in self._arms]
 
     def gap(self, positions: Vector) -> float:
         """Return the smallest distance between two arms at ``positions`` (D,), m; inf for one arm."""
-        poses = [(shape, shape.frames(positions[part])) for shape, part in self._arms]
-        return min((_gap(*a, *b) for a, b in combinations(poses, 2)), default=np.inf)
+        return self._smallest(Cause.ARMS, positions)
+
+    def self_gap(self, positions: Vector) -> float:
+        """Return the smallest distance of an arm from itself at ``positions`` (D,), m."""
+        return self._smallest(Cause.SELF, positions)
 
     def spheres(self, positions: Vector) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return (S, 3) centres and (S,) radii of the spheres that cover all arms' links, m."""
@@ -102,12 +147,50 @@ class Workspace:
     def _height(self, shape: _ArmShape, positions: Vector) -> float:
         return shape.lowest(shape.frames(positions), positions[-1]) - self._table_top_m
 
+    def _frames(self, positions: Vector) -> list[NDArray[np.float64]]:
+        return [shape.frames(positions[part]) for shape, part in self._arms]
+
+    def _gaps(self, frames: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+        """Return (G,) the smallest distance within each group."""
+        ends = [shape.capsules(pose) for (shape, _), pose in zip(self._arms, frames, strict=True)]
+        starts, stops = (np.concatenate(each) for each in zip(*ends, strict=True))
+        first, second = self._first, self._second
+        distances = segment_distances(starts[first], stops[first], starts[second], stops[second])
+        gaps: NDArray[np.float64] = np.minimum.reduceat(distances - self._reach_m, self._starts)
+        return gaps
+
+    def _smallest(self, cause: Cause, positions: Vector) -> float:
+        gaps = self._gaps(self._frames(positions)).tolist()
+        return min(
+            (gap for gap, group in zip(gaps, self._groups, strict=True) if group.cause is cause),
+            default=np.inf,
+        )
+
+    def _pair_up(self) -> list[_Group]:
+        """Return what shall not meet: each arm with itself, and each two arms, with what they carry."""
+        radii = np.concatenate([shape.radii for shape, _ in self._arms])
+        offsets = np.cumsum([0, *(len(shape.radii) for shape, _ in self._arms)])
+        groups = []
+        for offset, (_, part) in zip(offsets, self._arms, strict=False):
+            first, second = (np.array(_SELF_PAIRS) + offset).T
+            reach = radii[first] + radii[second]
+            groups.append(_Group(first, second, reach, self._margins.self_m, Cause.SELF, (part,)))
+        for a, b in combinations(range(len(self._arms)), 2):
+            rows, columns = np.arange(*offsets[a : a + 2]), np.arange(*offsets[b : b + 2])
+            first, second = np.repeat(rows, len(columns)), np.tile(columns, len(rows))
+            parts = (self._arms[a][1], self._arms[b][1])
+            reach = radii[first] + radii[second]
+            groups.append(_Group(first, second, reach, self._margins.arms_m, Cause.ARMS, parts))
+        return groups
+
 
 class _ArmShape:
-    """One arm as spheres and corners in the world frame."""
+    """One arm as capsules, spheres and corners in the world frame."""
 
     def __init__(self, arm: Arm, carried: NDArray[np.float64] | None = None) -> None:
         chain = arm_chain(arm)
+        if len(arm.joints) != _JOINTS:
+            raise KinematicsError(f"arm {arm.name} has {len(arm.joints)} joints", "a Piper has six")
         self._base = np.eye(4)
         self._base[:3, :3] = Rotation.from_euler("xyz", arm.base.rpy_rad).as_matrix()
         self._base[:3, 3] = arm.base.xyz_m
@@ -116,7 +199,7 @@ class _ArmShape:
         self._blend, self.link_radii = self._spheres()
         points = np.zeros((0, 3)) if carried is None else carried
         self._carried = np.concatenate([points, np.ones((len(points), 1))], axis=1)
-        self.radii = np.concatenate([self.link_radii, np.full(len(points), _CARRIED_RADIUS_M)])
+        self.radii = np.concatenate([_RADII_M, np.full(len(points), _CARRIED_RADIUS_M)])
 
     def frames(self, positions: Vector) -> NDArray[np.float64]:
         """Return (n + 2, 4, 4) base, joint and tool frames in the world at ``positions`` (n + 1,)."""
@@ -131,19 +214,22 @@ class _ArmShape:
         return frames
 
     def lowest(self, frames: NDArray[np.float64], opening_m: float) -> float:
-        """Return the height in the world of the lowest point of fingers, rail and what is carried, m."""
+        """Return the height in the world of the arm's lowest point that moves, with what is carried, m."""
         x, y, z, height = frames[-1, 2].tolist()
         y, z = abs(y), abs(z)  # corners lie on both sides of the tool's x axis
         tip = x * _FINGER_TIP_M - y * (opening_m / 2 + _FINGER_THICKNESS_M) - z * _FINGER_HALF_WIDTH_M
         rail = x * _RAIL_AHEAD_M - y * _RAIL_HALF_LENGTH_M - z * _RAIL_HALF_WIDTH_M
         lowest: float = height + min(tip, rail)
+        for frame, radius in _LOW_M.items():
+            lowest = min(lowest, float(frames[frame, 2, 3]) - radius)
         if len(self._carried):
             lowest = min(lowest, float((self._carried @ frames[-1, 2]).min()))
         return lowest
 
-    def centres(self, frames: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return (S, 3) the spheres' centres in the world, of links and of what is carried, m."""
-        return np.concatenate([self.links(frames), (self._carried @ frames[-1].T)[:, :3]])
+    def capsules(self, frames: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return (M, 3) where the capsules of links and of what is carried start and where they end, m."""
+        origins, points = frames[:, :3, 3], (self._carried @ frames[-1].T)[:, :3]
+        return np.concatenate([origins[_START], points]), np.concatenate([origins[_END], points])
 
     def links(self, frames: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return (S, 3) the centres of the links' spheres alone, m."""
@@ -162,9 +248,3 @@ class _ArmShape:
                 rows.append(row)
                 radii.append(_GRIPPER_RADIUS_M if i == len(origins) - 2 else _LINK_RADIUS_M)
         return np.array(rows), np.array(radii)
-
-
-def _gap(a: _ArmShape, frames_a: NDArray[np.float64], b: _ArmShape, frames_b: NDArray[np.float64]) -> float:
-    between = a.centres(frames_a)[:, None] - b.centres(frames_b)[None]
-    distance = np.sqrt((between**2).sum(axis=-1))
-    return float((distance - a.radii[:, None] - b.radii[None]).min())

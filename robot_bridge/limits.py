@@ -46,6 +46,7 @@ class Cause(str, Enum):
     ACCELERATION = "acceleration"
     TABLE = "table"
     ARMS = "arms"
+    SELF = "self"
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,7 @@ class Limiter:
             events += [LimitEvent(Cause.TRACKING, self._names[i]) for i in np.flatnonzero(blocked)]
 
     def _hold_unsafe(self, velocity: Vector, brake: Vector, dt: float, events: list[LimitEvent]) -> None:
-        """Brake what would otherwise come to rest too close to the table or to the other arm."""
+        """Brake what would otherwise come to rest too close to the table, to the other arm or to itself."""
         if self._clearance is None:
             return
         assert self._position is not None

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from robot_bridge.chunk_execution import smooth_move
 from robot_bridge.clearance import Margins, Workspace
 from robot_bridge.limits import Cause, Limiter
 from simplevla.embodiment import load_embodiment
@@ -40,11 +41,20 @@ def crossed_pose() -> np.ndarray:
     return goal
 
 
+def folded_pose() -> np.ndarray:
+    """Return a pose in which the left gripper would lie in its own column."""
+    goal = ROBOT.home()
+    goal[1:6] = 0.3, -0.1, 0.0, 1.2, 0.0
+    return goal
+
+
 def test_home_is_clear_and_the_bad_poses_are_not():
     assert min(WORKSPACE.heights(ROBOT.home())) > 0.1
     assert WORKSPACE.gap(ROBOT.home()) > 0.3
     assert min(WORKSPACE.heights(low_pose())) < -0.05
     assert WORKSPACE.gap(crossed_pose()) < -0.02
+    assert WORKSPACE.self_gap(ROBOT.home()) > 0.05
+    assert WORKSPACE.self_gap(folded_pose()) < 0
 
 
 def test_heights_agree_with_kinematics():
@@ -55,13 +65,23 @@ def test_heights_agree_with_kinematics():
     assert WORKSPACE.heights(ROBOT.home())[1] < above_table
 
 
+def test_a_wrist_below_the_table_counts_though_the_gripper_is_above_it():
+    pose = ROBOT.home()
+    pose[[1, 2, 4]] = 3.0, -2.4, -1.0
+    arm, part = ROBOT.slices()[0]
+    tool = arm_chain(arm).forward(pose[part][:-1])
+    assert tool[2, 3] + arm.base.xyz_m[2] > 0.74 + 0.1
+    assert -0.03 < WORKSPACE.heights(pose)[0] < 0
+
+
 @pytest.mark.parametrize(
     ("goal", "cause", "clearance", "margin"),
     [
         (low_pose(), Cause.TABLE, lambda q: min(WORKSPACE.heights(q)), Margins().table_m),
         (crossed_pose(), Cause.ARMS, WORKSPACE.gap, Margins().arms_m),
+        (folded_pose(), Cause.SELF, WORKSPACE.self_gap, Margins().self_m),
     ],
-    ids=["table", "arms"],
+    ids=["table", "arms", "self"],
 )
 def test_holds_at_the_margin_and_backs_out(goal, cause, clearance, margin):
     limiter = Limiter(ROBOT, WORKSPACE)
@@ -103,12 +123,29 @@ def test_a_start_inside_the_margin_can_only_be_left():
     assert np.array_equal(setpoint.positions, ROBOT.home())
 
 
+@pytest.mark.parametrize("bent", [0.0, 0.3, -0.3])
+def test_an_arm_that_was_parked_folded_may_leave(bent):
+    parked = np.zeros(ROBOT.dimension)
+    parked[[4, 11]] = bent
+    assert WORKSPACE.self_gap(parked) < Margins().self_m
+    limiter = Limiter(ROBOT, WORKSPACE)
+    limiter.reset(parked)
+    move = smooth_move(
+        parked, ROBOT.home(), speed=0.3 * ROBOT.velocity_limits(),
+        acceleration=0.3 * ROBOT.acceleration_limits(), dt_s=DT, start_s=0.0, stamp_ns=1,
+    )  # fmt: skip
+    for wanted in move.targets:
+        setpoint = limiter.admit(wanted, limiter.position, DT)
+        assert setpoint.events == ()
+    assert np.array_equal(setpoint.positions, ROBOT.home())
+
+
 poses = st.tuples(*(st.floats(low, high) for low, high in zip(LOWER, UPPER, strict=True))).map(np.array)
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(poses, min_size=1, max_size=3))
-def test_no_sequence_of_poses_brings_the_setpoints_below_the_table_or_together(goals):
+def test_no_sequence_of_poses_brings_the_setpoints_below_the_table_or_into_an_arm(goals):
     limiter = Limiter(ROBOT, WORKSPACE)
     limiter.reset(ROBOT.home())
     for goal in goals:
@@ -117,3 +154,4 @@ def test_no_sequence_of_poses_brings_the_setpoints_below_the_table_or_together(g
             if tick % 5 == 0:
                 assert min(WORKSPACE.heights(positions)) > 0
                 assert WORKSPACE.gap(positions) > 0
+                assert WORKSPACE.self_gap(positions) > -0.005
