@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.board import Board
-from calibration.camera import CameraModel
+from calibration.camera import INTRINSICS, CameraModel
 from calibration.detection import Detection, board_pose
 from calibration.faults import InconsistentDataError
 from calibration.geometry import Array, exp_rotation, hat, shifted, transform
@@ -51,6 +51,27 @@ class Corners:
         # A = L L^t gives A^-1 = L^-t L^-1, of which L^-t is a root.
         roots = np.swapaxes(np.linalg.inv(np.linalg.cholesky(information)), 1, 2)
         return changes, roots * self.noise_px[:, None, None]
+
+    def lens_slopes(self, poses: Array, names: Sequence[str]) -> tuple[Array, Array, Array]:
+        """Return what a change of intrinsics does, at ``poses`` (N, 4, 4), for P intrinsics by name.
+
+        Returns:
+            (N, 6, P) the change of the pose that fits best in each view; and of what no pose explains,
+            (P, P) the information about the intrinsics and (P,) its gradient.
+        """
+        residuals, slopes = self._slopes(poses)
+        turned = self.points @ np.swapaxes(poses[:, :3, :3], 1, 2) + poses[:, None, :3, 3]
+        _, _, by_lens = self.camera.project_with_slopes(turned.reshape(-1, 3))
+        columns = [INTRINSICS.index(name) for name in names]
+        lens = by_lens[..., columns].reshape(len(poses), -1, len(columns))
+        weight = self._row_weights() / self.noise_px[:, None] ** 2
+        weighted = np.swapaxes(slopes, 1, 2) * weight[:, None, :]
+        information = weighted @ slopes
+        by_pose = np.linalg.solve(information, weighted @ lens)
+        left = residuals[..., None] - slopes @ np.linalg.solve(information, weighted @ residuals[..., None])
+        lens_weighted = np.swapaxes(lens, 1, 2) * weight[:, None, :]
+        own = (lens_weighted @ (lens - slopes @ by_pose)).sum(0)
+        return np.asarray(by_pose, np.float64), own, (lens_weighted @ left).sum(0)[:, 0]
 
     def of(self, keep: NDArray[Any]) -> Corners:
         """Return the corners of some views alone; ``keep`` (N,) of bool or indices."""

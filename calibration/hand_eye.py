@@ -17,6 +17,7 @@ from calibration.corners import Corners, gather
 from calibration.diagnosis import explain, require_determined, require_scale, require_still, require_zeros
 from calibration.faults import MixedUnitsError, RescaledBoardError, SampleFormatError, TooFewPosesError
 from calibration.geometry import Array, exp_rotation, inverse, shifted, transform
+from calibration.lens import lens_step
 from calibration.observability import Noise, RigGeometry
 from calibration.refinement import Estimate, JointMotion, Model, Motion, PoseMotion, Seen, Setup
 from calibration.robust import Agreement, agree
@@ -25,6 +26,7 @@ from simplevla.kinematics import Chain
 
 LEAST_VIEWS = 6
 
+_LENS_STEPS, _LENS_DONE = 4, 0.05
 _AGREE_M, _AGREE_RAD = 0.02, float(np.deg2rad(3))  # poses and joints of one sample: nearer is one arm
 
 
@@ -35,11 +37,13 @@ class HandEyeOptions:
     Attributes:
         noise: what is expected; how large the arm's noise really is, is found from the data.
         joint_offsets: whether to look for constant offsets of the joints between the first and the last.
+        intrinsics: whether to refine the lens (focal length, centre, k1, k2) together with the poses.
         seed: of the groups of views that starting values are drawn from.
     """
 
     noise: Noise = field(default_factory=Noise)
     joint_offsets: bool = False
+    intrinsics: bool = False
     seed: int = 0
 
 
@@ -153,10 +157,15 @@ def calibrate_hand_eye(
     stamps = np.array([view.stamp_ns for view in views])
     if not found.consistent:
         raise explain(model, found, board, stamps)
+    if options.intrinsics:
+        model, found, corners, seen = _with_lens(views, board, model, found, corners, rng)
+        camera = corners.camera
     require_determined(model, found, _geometry(model, found.estimate, board, camera, motion), options.noise)
     with_offsets = replace(model, find_offsets=True)
     if options.joint_offsets and len(motion.free_offsets()):
         model, found = with_offsets, agree(with_offsets, rng, pictures=corners)
+        if options.intrinsics:
+            model, found, corners, seen = _with_lens(views, board, model, found, corners, rng)
     try:
         scale = require_scale(model, found, board)
     except RescaledBoardError:
@@ -164,6 +173,28 @@ def calibrate_hand_eye(
         raise
     require_still(model, found, stamps)
     return _result(views, model, found, corners, seen, board, scale)
+
+
+def _with_lens(
+    views: Sequence[View],
+    board: Board,
+    model: Model,
+    found: Agreement,
+    corners: Corners,
+    rng: np.random.Generator,
+) -> tuple[Model, Agreement, Corners, Array]:
+    """Return model, agreement, corners and poses seen with the lens that fits best."""
+    nominal = corners.camera
+    detections = [view.detection for view in views]
+    for _ in range(_LENS_STEPS):
+        step = lens_step(model, found, corners, nominal)
+        corners, seen = gather(detections, board, step.camera)
+        model = replace(model, seen=Seen(seen, {"corners": corners.around(seen)[1]}))
+        found = agree(model, rng, pictures=corners)
+        if step.size < _LENS_DONE:
+            break
+    covariance = lens_step(model, found, corners, nominal).covariance
+    return model, replace(found, estimate=replace(found.estimate, covariance=covariance)), corners, seen
 
 
 def _motion(views: Sequence[View], chain: Chain | None, noise: Noise) -> Motion:

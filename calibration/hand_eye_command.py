@@ -13,7 +13,6 @@ import msgspec
 import numpy as np
 from rich.console import Console
 
-from calibration.camera import CameraModel
 from calibration.faults import DegenerateMotionError, SampleFormatError, TooFewPosesError
 from calibration.hand_eye import HandEye, calibrate_hand_eye
 from calibration.intrinsics import calibrate_intrinsics
