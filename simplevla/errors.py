@@ -65,7 +65,7 @@ class RecordError(SimplevlaError):
 
 
 class CalibrationError(SimplevlaError):
-    """Calibration data are unusable or its result is not to be trusted; ``calibration/faults.py`` says how."""
+    """Calibration data are unusable, or their result is not to be trusted: see ``calibration.faults``."""
 
     code = "bad_calibration"
 
@@ -85,9 +85,3 @@ class UnavailableError(SimplevlaError):
     """A process, a device or a server that is needed does not answer."""
 
     code = "unavailable"
-
-
-class NotBuiltYetError(SimplevlaError):
-    """A part of a command that is planned and not there yet; says so instead of pretending."""
-
-    code = "not_built_yet"
