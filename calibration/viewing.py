@@ -6,6 +6,7 @@ well; here they are kept with something to spare, so that no planned pose is ref
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,8 +44,7 @@ class Viewing:
 
     Args:
         embodiment: the robot.
-        workspace: its geometry, with the board carried.
-        arm: which arm.
+        arm: which arm; it carries the board.
         camera_in_world: (4, 4) about where the camera's optical frame is, m.
         settings: the board, its mount, and what to keep clear.
     """
@@ -52,20 +52,22 @@ class Viewing:
     def __init__(
         self,
         embodiment: Embodiment,
-        workspace: Workspace,
         arm: Arm,
         camera_in_world: Array,
         settings: Settings,
     ) -> None:
-        self._workspace = workspace
+        spare = settings.clearance_m
+        self._workspace = Workspace(
+            embodiment,
+            margins=Margins(*(margin + spare for margin in dataclasses.astuple(Margins()))),
+            carried={arm.name: plate_points(settings)},
+        )
         self._home = embodiment.home()
-        self._arms = [each.name for each in embodiment.arms]
         self.arm = arm
         self.part = next(part for each, part in embodiment.slices() if each.name == arm.name)
         self._chain = arm_chain(arm)
         self._base = to_matrix(arm.base)
         self._camera = camera_in_world[:3, 3]
-        self._settings = settings
         width, height = settings.board.size_m
         corners = np.array(
             [[0, 0, 0], [width, 0, 0], [0, height, 0], [width, height, 0], [width / 2, height / 2, 0]]
@@ -87,11 +89,8 @@ class Viewing:
         return inside and self.clear(joints) and self._in_sight(joints)
 
     def clear(self, joints: Array) -> bool:
-        """Return whether arm and board keep clear of table and other arms at ``joints`` (n,)."""
-        positions, spare = self.whole(joints), self._settings.clearance_m
-        height = self._workspace.heights(positions)[self._arms.index(self.arm.name)]
-        margins = Margins()
-        return height > margins.table_m + spare and self._workspace.gap(positions) > margins.arms_m + spare
+        """Return whether arm and board are clear, at ``joints`` (n,), of what the limits keep clear of."""
+        return not self._workspace.unsafe(self.whole(joints), self._home)
 
     def way_clear(self, start: Array, goal: Array) -> bool:
         """Return whether the straight way in joint space from ``start`` to ``goal``, (n,), is clear."""

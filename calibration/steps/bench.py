@@ -121,9 +121,9 @@ def show_board(bench: Bench, arm: Arm, camera: Camera, count: int) -> list[Shown
     """
     cell, settings = bench.cell, bench.settings
     lens = bench.lens(camera.name)
-    viewing = Viewing(bench.placed, cell.workspace, arm, camera.pose_in_world(), settings)
+    viewing = Viewing(bench.placed, arm, camera.pose_in_world(), settings)
     home = np.array(arm.home_rad)
-    route = viewing.route(home, plan(bench, viewing, camera, lens, count))
+    route = _reachable(bench, viewing, camera, lens, count)
     detector = BoardDetector(settings.board)
     shown: list[ShownPose] = []
     pictures: dict[str, NDArray[np.uint8]] = {}
@@ -162,6 +162,21 @@ def show_board(bench: Bench, arm: Arm, camera: Camera, count: int) -> list[Shown
     cell.home()
     _record(bench, f"{arm.name}_{camera.name}", shown, pictures, lens)
     return shown
+
+
+def _reachable(
+    bench: Bench, viewing: Viewing, camera: Camera, lens: CameraModel, count: int
+) -> list[Array]:
+    """Return a route through ``count`` planned poses, or as many as can be reached, home in between."""
+    home = np.array(viewing.arm.home_rad)
+    best: list[Array] = []
+    for wanted in (count, count + count // 2, 2 * count):
+        route = viewing.route(home, plan(bench, viewing, camera, lens, wanted))
+        shown = np.cumsum([not np.array_equal(joints, home) for joints in route])
+        best = max(best, route[: int(np.searchsorted(shown, count)) + 1], key=len)
+        if len(shown) and shown[-1] >= count:
+            break
+    return best
 
 
 def plan(bench: Bench, viewing: Viewing, camera: Camera, lens: CameraModel, count: int) -> list[Array]:

@@ -159,7 +159,7 @@ def record_swing(bench: Bench, arm: Arm, camera: Camera, shown: list[ShownPose])
         UnavailableError: the arms do not move, or the camera sends nothing.
     """
     cell, motion = bench.cell, bench.settings.latency
-    viewing = Viewing(bench.placed, cell.workspace, arm, camera.pose_in_world(), bench.settings)
+    viewing = Viewing(bench.placed, arm, camera.pose_in_world(), bench.settings)
     joint = [each.name for each in arm.joints].index(motion.joint)
     index = viewing.part.start + joint
     centre = _middle(viewing, camera, joint, motion.amplitude_rad, shown)

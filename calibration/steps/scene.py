@@ -33,6 +33,7 @@ def find_table(bench: Bench, findings: Findings) -> None:
     """
     camera = bench.cameras[0]
     bench.guide.lay_down()
+    bench.cell.settle()  # a picture that is on its way shows what was before
     picture = bench.cell.look(camera.name).image
     found = BoardDetector(bench.settings.board).find(picture)
     bench.preview.show(camera.name, picture, found, "the table")

@@ -18,8 +18,7 @@ SHOWING = np.array([0.1, 1.81, -1.44, 0.31, 1.1, -2.04])
 
 
 def viewing(settings: Settings = SETTINGS) -> Viewing:
-    workspace = Workspace(DUAL, carried={"right": plate_points(settings)})
-    return Viewing(DUAL, workspace, RIGHT, DUAL.cameras[0].pose_in_world(), settings)
+    return Viewing(DUAL, RIGHT, DUAL.cameras[0].pose_in_world(), settings)
 
 
 def test_the_plate_is_covered_by_points():
@@ -65,7 +64,7 @@ def test_a_link_before_the_camera_hides_the_board():
     board = tool[:3, :3] @ here._corners[-1] + tool[:3, 3]
     elbow = centres[len(centres) // 2 + 4]
     through_the_elbow[:3, 3] = elbow + 0.5 * (elbow - board)
-    hidden = Viewing(DUAL, workspace, RIGHT, through_the_elbow, SETTINGS)
+    hidden = Viewing(DUAL, RIGHT, through_the_elbow, SETTINGS)
     assert here._in_sight(SHOWING)
     assert not hidden._in_sight(SHOWING)
 
