@@ -37,6 +37,7 @@ _LEAST_SIDE, _LEAST_LARGE_SIDE, _MOSTLY = 3, 5, 0.75
 _LARGE_NOISE = 2.5  # times the expected: something else may be behind it
 _NOISE_M, _NOISE_RAD = 2e-3, float(np.deg2rad(0.4))
 _PROPOSALS = 4
+_NEAR_RAD = 0.3  # of proposed joint positions to those taken: what is seen there can be foretold
 _SEED = 0
 
 
@@ -102,7 +103,10 @@ def require_scale(model: Model, found: Agreement, board: Board) -> tuple[float, 
     column = np.zeros((len(predicted), 6, 1))
     column[:, :3] = np.swapaxes(predicted[:, :3, :3], 1, 2) @ -predicted[:, :3, 3, None]
     shift, information = _extra(found, column, keep)
-    scale, deviation = 1 + float(shift[0]), float(information[0, 0] ** -0.5)
+    known = float(information[0, 0])
+    if known <= 0:
+        return 1.0, float("inf")  # the motion says nothing of the board's size
+    scale, deviation = 1 + float(shift[0]), known**-0.5
     off = abs(scale - 1)
     if off > max(_LEAST_SCALE, _SCALE_DEVIATIONS * deviation):
         raise _rescaled(board, scale, deviation)
@@ -134,9 +138,11 @@ def require_still(model: Model, found: Agreement, stamps: NDArray[np.int64]) -> 
     if gain > _STEP_CHI2:
         kept = order[found.inliers[order]]
         raise _moved(first == 0, model, int(kept[k]), step, len(kept) - k)
-    if (~found.inliers).sum() >= _LEAST_SIDE or arm_scale(model, found.estimate.scales) > _LARGE_NOISE:
-        everyone = np.ones(len(order), bool)
-        places = [*_moments(found.inliers[order]), _best_step(found, order, everyone)[1]]
+    noisy = arm_scale(model, found.estimate.scales) > _LARGE_NOISE
+    if (~found.inliers).sum() >= _LEAST_SIDE or noisy:
+        places = _moments(found.inliers[order])
+        if noisy:  # else scattered outliers would be taken for a step where they happen to lie
+            places.append(_best_step(found, order, np.ones(len(order), bool))[1])
         moved = _block_that_moved(model, order, places)
         if moved is not None:
             raise moved
@@ -175,7 +181,7 @@ def _cure(model: Model, rig: RigGeometry, noise: Noise, gripper: Array) -> list[
     rng = np.random.default_rng(_SEED)
     if isinstance(model.arm, JointMotion):
         joints = model.arm.joints_rad
-        lower, upper = joints.min(0) - 0.6, joints.max(0) + 0.6
+        lower, upper = joints.min(0) - _NEAR_RAD, joints.max(0) + _NEAR_RAD
         planned = plan_poses(
             rig, lower=lower, upper=upper, count=_PROPOSALS, rng=rng, already=list(joints), noise=noise
         )

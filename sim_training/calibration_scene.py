@@ -57,12 +57,14 @@ class Optics:
     """What a lens and a sensor do to a picture.
 
     Attributes:
+        pinhole: fx, fy, cx, cy, px from the first pixel's centre; those of the studio's camera by default.
         distortion: k1, k2, p1, p2, k3 of the Brown-Conrady model.
         blur_px: standard deviation of the blur, px.
         exposure: factor on the light.
         noise: standard deviation of the sensor's noise, of 255.
     """
 
+    pinhole: tuple[float, float, float, float] | None = None
     distortion: tuple[float, float, float, float, float] = (0.0, 0.0, 0.0, 0.0, 0.0)
     blur_px: float = 0.0
     exposure: float = 1.0
@@ -102,7 +104,7 @@ class Studio:
             0.0,
         )
         self._eye = room.add_entity(self._scene, "camera", sapien.Pose(), self._component)
-        self._maps: dict[tuple[float, ...], tuple[Any, Any]] = {}
+        self._maps: dict[Any, tuple[Any, Any]] = {}  # of the last lens
 
     def __enter__(self) -> Studio:
         return self
@@ -128,7 +130,7 @@ class Studio:
         self._scene.update_render()
         self._component.take_picture()
         sharp = room.rgb(self._component)
-        lens = self._lens(optics.distortion)
+        lens = self._lens(optics)
         bent = cv2.remap(sharp, *lens, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         if optics.blur_px > 0:
             bent = cv2.GaussianBlur(bent, (0, 0), optics.blur_px * _OVERSAMPLING)
@@ -139,25 +141,31 @@ class Studio:
         lit += optics.noise * rng.standard_normal(lit.shape, dtype=np.float32)
         return np.round(np.clip(lit, 0, 255)).astype(np.uint8)
 
-    def _lens(self, distortion: tuple[float, ...]) -> tuple[Any, Any]:
+    def _lens(self, optics: Optics) -> tuple[Any, Any]:
         """Return for each fine pixel of the distorted picture where it is in the rendered one."""
-        if distortion not in self._maps:
-            camera, fine = self._camera, _OVERSAMPLING
+        camera, fine = self._camera, _OVERSAMPLING
+        own = (camera.fx, camera.fy, camera.cx - 0.5, camera.cy - 0.5)
+        key = (optics.pinhole or own, optics.distortion)
+        if key not in self._maps:
             y, x = np.mgrid[: camera.height * fine, : camera.width * fine].astype(np.float64)
             # Centres of fine pixels, in the camera's pixels counted from the first one's centre.
             seen = np.stack([(x + 0.5) / fine - 0.5, (y + 0.5) / fine - 0.5], axis=-1).reshape(-1, 1, 2)
-            matrix = np.array(
-                [[camera.fx, 0, camera.cx - 0.5], [0, camera.fy, camera.cy - 0.5], [0, 0, 1.0]]
-            )
             criteria = (cv2.TERM_CRITERIA_COUNT, _UNDISTORT_STEPS, 0)
             straight = cv2.undistortPointsIter(
-                seen, matrix, np.array(distortion), np.eye(3), matrix, criteria
+                seen, _matrix(key[0]), np.array(optics.distortion), np.eye(3), _matrix(own), criteria
             ).reshape(*x.shape, 2)
             fine_px = (straight + 0.5) * fine - 0.5 + np.array(self._offset)
-            self._maps[distortion] = cv2.convertMaps(
-                fine_px[..., 0].astype(np.float32), fine_px[..., 1].astype(np.float32), cv2.CV_16SC2
-            )
-        return self._maps[distortion]
+            self._maps = {
+                key: cv2.convertMaps(
+                    fine_px[..., 0].astype(np.float32), fine_px[..., 1].astype(np.float32), cv2.CV_16SC2
+                )
+            }
+        return self._maps[key]
+
+
+def _matrix(pinhole: tuple[float, float, float, float]) -> Array:
+    fx, fy, cx, cy = pinhole
+    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
 
 
 def _panel(picture: Picture, size_m: tuple[float, float]) -> list[Any]:
