@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -101,7 +102,7 @@ def calibrate_intrinsics(
     views = [(points[d.ids], d.corners_px.astype(np.float32)) for d in detections]
     size = (width, height)
     errors = _fit(views, size, MODELS["k1 k2"]).view_px
-    kept = np.flatnonzero(errors < _OUTLIER * max(float(np.median(errors)), 0.05))
+    kept = np.flatnonzero(errors < _OUTLIER * max(float(np.median(errors)), 0.05)).tolist()
     good = [views[i] for i in kept]
     if len(good) < LEAST_VIEWS:
         raise InconsistentDataError(
@@ -126,7 +127,7 @@ def calibrate_intrinsics(
         fit.rms_px,
         held_out,
         coverage([detections[i] for i in kept], fit.camera),
-        tuple(sorted(set(range(len(views))) - set(kept.tolist()))),
+        tuple(sorted(set(range(len(views))) - set(kept))),
     )
 
 
@@ -144,13 +145,12 @@ class _Fit:
 def _fit(views: Sequence[View], size: tuple[int, int], flags: int) -> _Fit:
     points, pixels = [v[0] for v in views], [v[1] for v in views]
     try:
-        rms, matrix, distortion, _, _, std, _, errors = cv2.calibrateCameraExtended(
-            points, pixels, size, np.eye(3), np.zeros(5), flags=flags
-        )
+        found: Any = cv2.calibrateCameraExtended(points, pixels, size, np.eye(3), np.zeros(5), flags=flags)
     except cv2.error as error:
         raise InconsistentDataError(
             "the views fit no camera", "tilt the board, and check board.yaml"
         ) from error
+    rms, matrix, distortion, _, _, std, _, errors = found
     values = np.concatenate(
         [[matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2]], distortion.ravel()[:5]]
     )
