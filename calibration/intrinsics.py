@@ -31,6 +31,9 @@ _GAIN = 0.995  # a larger model must lower the held-out error by this factor
 _OUTLIER = 3.0  # times the median error of the views
 _MOST_RMS_PX = 2.0
 _UNDETERMINED = 0.05  # of the focal length
+_LEAST_TURN_RAD = float(
+    np.deg2rad(12.0)
+)  # frontal views hide the focal length, and OpenCV's std does not say so
 _NO_TANGENT, _NO_K3 = cv2.CALIB_ZERO_TANGENT_DIST, cv2.CALIB_FIX_K3
 MODELS = {
     "pinhole": _NO_TANGENT | _NO_K3 | cv2.CALIB_FIX_K1 | cv2.CALIB_FIX_K2,
@@ -120,6 +123,12 @@ def calibrate_intrinsics(
             f"the views leave the focal length open: {fit.camera.fx:.0f} +- {fit.std[0]:.0f} px",
             "tilt the board by 20 to 45 deg about different axes",
         )
+    if fit.turn_rad < _LEAST_TURN_RAD:
+        raise DegenerateMotionError(
+            f"the board turned by {np.rad2deg(fit.turn_rad):.0f} deg at most between views, "
+            "which leaves the focal length open",
+            "tilt the board by 20 to 45 deg about different axes",
+        )
     return Intrinsics(
         fit.camera,
         fit.std,
@@ -140,6 +149,7 @@ class _Fit:
     std: Array
     rms_px: float
     view_px: Array
+    turn_rad: float  # largest angle between the board's normals of any two views
 
 
 def _fit(views: Sequence[View], size: tuple[int, int], flags: int) -> _Fit:
@@ -150,14 +160,18 @@ def _fit(views: Sequence[View], size: tuple[int, int], flags: int) -> _Fit:
         raise InconsistentDataError(
             "the views fit no camera", "tilt the board, and check board.yaml"
         ) from error
-    rms, matrix, distortion, _, _, std, _, errors = found
+    rms, matrix, distortion, turns, _, std, _, errors = found
     values = np.concatenate(
         [[matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2]], distortion.ravel()[:5]]
     )
     if not np.isfinite(values).all() or min(values[:2]) <= 0:
         raise InconsistentDataError("the views fit no camera", "tilt the board, and check board.yaml")
     camera = CameraModel.of_values(values, *size)
-    return _Fit(camera, np.asarray(std, np.float64).ravel()[:9], float(rms), np.asarray(errors).ravel())
+    normals = np.array([cv2.Rodrigues(turn)[0][:, 2] for turn in turns])
+    turn_rad = float(np.arccos(np.clip(normals @ normals.T, -1, 1)).max())
+    return _Fit(
+        camera, np.asarray(std, np.float64).ravel()[:9], float(rms), np.asarray(errors).ravel(), turn_rad
+    )
 
 
 def _choose(views: Sequence[View], size: tuple[int, int]) -> tuple[str, float]:

@@ -6,7 +6,7 @@ import pytest
 from calibration.board import DEFAULT_BOARD
 from calibration.camera import CameraModel, load_camera, save_camera
 from calibration.detection import Detection
-from calibration.faults import MirroredBoardError, TooFewPosesError
+from calibration.faults import DegenerateMotionError, MirroredBoardError, TooFewPosesError
 from calibration.geometry import exp_rotation, transform
 from calibration.intrinsics import calibrate_intrinsics
 
@@ -53,6 +53,12 @@ def test_few_and_mirrored_views_are_named():
     flipped = [Detection(d.ids, d.corners_px * [-1, 1] + [639, 0]) for d in seen(8)]
     with pytest.raises(MirroredBoardError):
         calibrate_intrinsics(flipped, DEFAULT_BOARD, 640, 480)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_views_from_the_front_alone_are_refused(seed):
+    with pytest.raises(DegenerateMotionError, match="focal length open"):
+        calibrate_intrinsics(seen(12, tilt_rad=0.01, seed=seed), DEFAULT_BOARD, 640, 480)
 
 
 def test_a_camera_survives_its_file(tmp_path):
