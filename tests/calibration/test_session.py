@@ -102,13 +102,16 @@ def test_a_joint_whose_zero_is_off_is_found(session: Session) -> None:
     assert np.degrees(ZERO_RAD) > 0.5
 
 
-def test_delays_are_found_within_5_ms(session: Session) -> None:
+def test_a_clock_and_an_arm_that_are_late_are_found_within_5_ms(session: Session) -> None:
     if session.pace < BUSY:
         pytest.skip(f"this machine is too busy: the twin kept {session.pace:.2f} of real time")
     found, true = session.record.delays_s, session.truth.delays_s
     assert set(found) == {"head_stamp", "head_delivery", "right_command"}
-    for name, seconds in found.items():
-        assert seconds == pytest.approx(true[name], abs=0.005), name
+    for name in ("head_stamp", "right_command"):
+        assert found[name] == pytest.approx(true[name], abs=0.005), name
+    # The twin's truth ends where its picture is whole; the software device and the driver, which
+    # poll for it and convert it, are in what is found: some 10 ms more.
+    assert -0.005 < found["head_delivery"] - true["head_delivery"] < 0.02
 
 
 def test_the_table_is_found(session: Session) -> None:

@@ -79,7 +79,8 @@ def test_two_learners_learn_what_one_does_and_one_goes_on_where_two_were_killed(
         batch = algorithm.make_batch(played, varied, multiple=16)
         wanted = actor.log_probs(batch, temperature=1.0)
         victim = actor._learners.workers[1]
-        os.kill(ray.get(victim.__ray_call__.remote(_pid)), signal.SIGKILL)
+        # A lambda travels by value: this module cannot be imported where the learner runs.
+        os.kill(ray.get(victim.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
         with pytest.raises(UnavailableError, match="died"):
             learn(actor, lamps(), varied, make_settings(3, TWO), tmp_path / "two")
 
@@ -102,8 +103,3 @@ def test_actors_and_simulations_of_their_own_play_what_a_learner_learns_from(
     assert history[0].regions
     assert history[0].seconds["physics"] > 0
     assert weights.is_file()
-
-
-def _pid(worker: object) -> int:
-    del worker
-    return os.getpid()
