@@ -36,7 +36,7 @@ from simplevla.errors import ConfigError
 from simplevla.files import write_atomic
 from simplevla.kinematics.chain import arm_chain
 from simplevla.policy.config import NetworkConfig
-from simplevla.policy.network import Resample
+from simplevla.policy.resample import Resample
 
 Array = NDArray[np.float64]
 

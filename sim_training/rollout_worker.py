@@ -30,8 +30,8 @@ from simplevla.embodiment import Embodiment
 from simplevla.kinematics.action_space import to_joint_targets
 from simplevla.motion import MotionLimits
 from simplevla.policy.config import NetworkConfig
-from simplevla.policy.network import Resample
 from simplevla.policy.processor import proprioception
+from simplevla.policy.resample import Resample
 from simplevla.trial import FailureCode
 
 _NO_PATH = np.zeros((0, 0))

@@ -17,8 +17,8 @@ from simplevla.bundle import ActionSpaceName
 from simplevla.embodiment import Embodiment
 from simplevla.errors import ConfigError
 from simplevla.kinematics.action_space import from_joint_targets
-from simplevla.policy.network import Resample
 from simplevla.policy.processor import PromptEncoder, proprioception
+from simplevla.policy.resample import Resample
 
 if TYPE_CHECKING:
     from sim_training.pictures import Pictures

@@ -18,7 +18,7 @@ HEAVY = [
     "onnxruntime",
     "cv2",
 ]
-NEEDS_TORCH = {"simplevla.policy.network", "simplevla.policy.folded", "simplevla.policy.prefix"}
+NEEDS_TORCH = {f"simplevla.policy.{name}" for name in ("network", "folded", "prefix", "resample")}
 
 
 def test_every_import_contract_is_kept():

@@ -26,7 +26,8 @@ from torch.nn.utils import fuse_conv_bn_eval
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 from transformers.models.resnet.modeling_resnet import ResNetConvLayer, ResNetShortCut
 
-from simplevla.policy.network import Resample, SmoothHead, VLANetwork
+from simplevla.policy.network import SmoothHead, VLANetwork
+from simplevla.policy.resample import Resample
 
 CONSTANT_NAMES = ("constants", "mask", "cosine", "sine")
 _HIDDEN = (
@@ -180,7 +181,7 @@ def visual_token_count(network: VLANetwork) -> int:
 
 
 class BlockResample(nn.Module):
-    """:class:`~simplevla.policy.network.Resample`, its rows in blocks.
+    """:class:`~simplevla.policy.resample.Resample`, its rows in blocks.
 
     An output row sees a few neighbouring pixel rows, so that a block of output rows needs a window of
     the frame alone. Rows come first: they lie together in a frame, whose colours need not be moved then.

@@ -8,7 +8,8 @@ import torch
 
 from simplevla.policy.config import Decoder, Head, NetworkConfig, NetworkSizes, VisionTransformer
 from simplevla.policy.folded import BlockResample, Folding, PromptGraph, StepGraph
-from simplevla.policy.network import Resample, make_network
+from simplevla.policy.network import make_network
+from simplevla.policy.resample import Resample
 
 TRANSFORMERS = NetworkSizes(
     transformers=(

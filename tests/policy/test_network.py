@@ -13,13 +13,13 @@ from simplevla.config import build
 from simplevla.errors import BundleError, ConfigError
 from simplevla.policy.config import NetworkConfig, NetworkSizes, VisionTransformer, load_sizes
 from simplevla.policy.network import (
-    Resample,
     SmoothHead,
     VLANetwork,
     load_network,
     make_network,
     weights_of,
 )
+from simplevla.policy.resample import Resample
 from simplevla.policy.tokenizer import make_tokenizer
 
 Inputs = dict[str, torch.Tensor]

@@ -17,8 +17,8 @@ from simplevla.errors import UnavailableError
 from simplevla.kinematics.action_space import to_joint_targets
 from simplevla.motion import MotionLimits
 from simplevla.policy.config import NetworkConfig, load_sizes
-from simplevla.policy.network import Resample
 from simplevla.policy.processor import proprio_size
+from simplevla.policy.resample import Resample
 
 K = 5
 

@@ -4,6 +4,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from simplevla.errors import RecordError
 from simplevla.intervals import wilson
@@ -104,6 +105,9 @@ def test_a_wilson_interval_holds_the_rate_and_mirrors(counts):
     assert 0 <= rate.low <= rate.rate + 1e-12
     assert rate.rate <= rate.high + 1e-12 <= 1 + 2e-12
     assert (rate.low, rate.high) == pytest.approx((1 - mirror.high, 1 - mirror.low))
+    if trials:
+        theirs = binomtest(successes, trials).proportion_ci(0.95, method="wilson")
+        assert (rate.low, rate.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(3, 2), (-1, 2), (1, 0)])
