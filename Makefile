@@ -1,5 +1,6 @@
 # What people do with a checkout. Every target but help and clean sets up what it needs first.
 BIN := .venv/bin
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint lock clean
@@ -14,7 +15,7 @@ demo: setup ## five trials of the shipped policy on the twin, with a report
 	$(BIN)/simplevla trial --twin --trials 5
 
 test: lint ## linters, types, import walls and the whole test suite
-	$(BIN)/python -m pytest --durations=15
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
 
 lint: setup ## ruff, mypy and the import walls alone
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ from simplevla.trial import Outcome, Trial, load_index
 for library in ("rclpy", "sapien", "pyrealsense2", "piper_sdk", "zmq", "torch"):
     pytest.importorskip(library)
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.realtime]
 
 STEP_LIMIT = 60
 TASK = "move_can_pot"

@@ -36,7 +36,7 @@ from simplevla.session_record import (
     to_pose,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.realtime, pytest.mark.timeout(600)]
 
 RIG = load_rig("twin_single")
 ROBOT = RIG.load_embodiment()

@@ -23,6 +23,8 @@ from simplevla.errors import ConfigError
 from simplevla.motion import FOLLOWING_DELAY_S
 from simplevla.session_record import Check, Lens, SessionRecord, save_session_record
 
+pytestmark = pytest.mark.realtime
+
 ROBOT = load_embodiment("piper_dual")
 (LEFT, PART), _ = ROBOT.slices()
 CAMERA = ROBOT.camera("head")

@@ -14,6 +14,8 @@ from robot_bridge.rig import load_rig, with_free_ports
 from robot_bridge.twin.can_bus import CanFrame, CanHub, TwinCanBus, pack_frames, unpack_frames
 from simplevla.errors import UnavailableError
 
+pytestmark = pytest.mark.realtime
+
 FRAMES = st.builds(CanFrame, st.integers(0, 0x7FF), st.binary(max_size=8))
 
 

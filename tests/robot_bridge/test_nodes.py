@@ -28,6 +28,8 @@ from sensor_msgs.msg import JointState  # noqa: E402
 from std_srvs.srv import Trigger  # noqa: E402
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint  # noqa: E402
 
+pytestmark = pytest.mark.realtime
+
 ROBOT = load_embodiment("piper_dual")
 HOME = ROBOT.home()
 MAX_FEEDBACK_AGE_S = 0.3  # longer than a busy machine pauses a process

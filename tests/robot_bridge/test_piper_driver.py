@@ -18,6 +18,8 @@ from robot_bridge.twin.can_bus import CanFrame
 from simplevla.embodiment import load_embodiment
 from simplevla.errors import UnavailableError
 
+pytestmark = pytest.mark.realtime
+
 ROBOT = load_embodiment("piper_dual")
 (LEFT, PART), (RIGHT, RIGHT_PART) = ROBOT.slices()
 MIDDLE = np.array([0.1, 1.0, -0.8, 0.1, 0.5, -0.2, 0.04] * 2)

@@ -18,6 +18,8 @@ from simplevla.errors import UnavailableError
 from simplevla.observation import Observation
 from simplevla.trial import FailureCode
 
+pytestmark = pytest.mark.realtime
+
 DT = 0.02
 K = 5
 BEGAN_NS = time.time_ns()

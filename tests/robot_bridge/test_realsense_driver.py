@@ -19,6 +19,8 @@ from robot_bridge.twin.realsense_device import twin_device_source
 from simplevla.embodiment import load_embodiment
 from simplevla.errors import UnavailableError
 
+pytestmark = pytest.mark.realtime
+
 CAMERA = load_embodiment("piper_dual").camera("head")
 SHAPE = (CAMERA.height, CAMERA.width, 3)
 PERIOD_S = 0.02

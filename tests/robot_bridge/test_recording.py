@@ -28,6 +28,8 @@ from simplevla.errors import RecordError
 
 rclpy = pytest.importorskip("rclpy")
 
+pytestmark = pytest.mark.realtime
+
 IMAGE = "head/color/image_raw/compressed"
 TOPICS = (
     RecordedTopic("joint_states", JOINT_STATE),

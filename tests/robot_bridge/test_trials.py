@@ -22,6 +22,8 @@ from simplevla.trial import FailureCode, Outcome, Strategy, load_index
 
 pytest.importorskip("rclpy")
 
+pytestmark = pytest.mark.realtime
+
 INSTRUCTION = "move the can next to the pot"
 
 

@@ -18,6 +18,8 @@ from robot_bridge.twin.process import Twin, _Pace
 from sim_training.world import PHYSICS_DT_S
 from simplevla.errors import ConfigError, UnavailableError
 
+pytestmark = pytest.mark.realtime
+
 RUN = """
 import sys
 from robot_bridge.rig import load_rig
