@@ -15,7 +15,7 @@ import argparse
 import os
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -109,11 +109,14 @@ def main() -> int:
     return 0
 
 
-def measure(drawn: Iterable[Rig], *, seed: int) -> list[Outcome]:
-    """Return what each rig gives."""
+def measure(
+    drawn: Iterable[Rig], *, seed: int, kinds: Sequence[NoiseKind] = get_args(NoiseKind)
+) -> list[Outcome]:
+    """Return what each rig gives with each of ``kinds`` of joint noise."""
     _, chain = the_arm()
     return [
-        _outcome(rig, chain, np.random.default_rng([seed, index, 1])) for index, rig in enumerate(drawn)
+        _outcome(rig, chain, np.random.default_rng([seed, index, 1]), kinds)
+        for index, rig in enumerate(drawn)
     ]
 
 
@@ -170,9 +173,9 @@ def plot(outcomes: list[Outcome], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _outcome(rig: Rig, chain: Chain, rng: np.random.Generator) -> Outcome:
+def _outcome(rig: Rig, chain: Chain, rng: np.random.Generator, kinds: Sequence[NoiseKind]) -> Outcome:
     errors, distances, with_outliers = {}, {}, {}
-    for kind in get_args(NoiseKind):
+    for kind in kinds:
         joints = rig.readings(kind, rng)
         errors[kind], found = _all(rig, joints, chain)
         error = errors[kind][OURS]
