@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import ndtr
 from torch import Tensor
 
 from sim_training.grpo.experience import Answer, Looks
+from sim_training.grpo.settings import Exploration
 from simplevla.bundle import Bundle
 from simplevla.policy.network import load_network
 from simplevla.policy.processor import PromptEncoder
@@ -19,6 +21,8 @@ from simplevla.policy.processor import PromptEncoder
 Key = tuple[int, ...]
 
 _MIDDLE = 127  # what a dimension that does not vary decodes to, whatever its bin
+_WHOLE_ATTEMPT = 2**32 - 1  # in the place of a turn: what an attempt shares has a stream of its own
+_BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 
 
 class ActingNetwork:
@@ -34,6 +38,7 @@ class ActingNetwork:
         instructions: Sequence[str],
         *,
         keep_tokens: bool,
+        exploration: Exploration | None = None,
         device: str = "cpu",
         precision: str = "fp32",
     ) -> None:
@@ -42,6 +47,7 @@ class ActingNetwork:
         Args:
             instructions: the run's prompts, in the order of ``Looks.prompts``.
             keep_tokens: whether trajectories keep visual tokens in the place of images.
+            exploration: how the tokens of an attempt stray together; each for itself by default.
             precision: "fp32" or "bf16", of the weights and of what is computed with them.
         """
         self.network = load_network(bundle).requires_grad_(False).to(device)
@@ -52,6 +58,7 @@ class ActingNetwork:
         self._device = device
         self._slots = varied_slots(bundle).to(device)
         self._keep_tokens = keep_tokens
+        self._exploration = exploration or Exploration()
         self.input_ids, self.attention_mask = encode_prompts(bundle, instructions)
 
     @torch.inference_mode()
@@ -77,7 +84,8 @@ class ActingNetwork:
             )
         logits = logits[:, self._slots]
         if temperature > 0:
-            drawn = torch.from_numpy(uniform(looks, key, len(self._slots))).to(self._device)
+            shape = (network.network.chunk_length, len(self._slots) // network.network.chunk_length)
+            drawn = torch.from_numpy(uniform(looks, key, shape, self._exploration)).to(self._device)
             chosen = sample(logits, temperature, drawn)
         else:
             chosen = logits.argmax(dim=-1)
@@ -109,13 +117,37 @@ def sample(logits: Tensor, temperature: float, drawn: Tensor) -> Tensor:
     return torch.searchsorted(reached, drawn.unsqueeze(-1), right=True).squeeze(-1).clamp(max=255)
 
 
-def uniform(looks: Looks, key: Key, slots: int) -> NDArray[np.float32]:
-    """Return (n, slots) uniform numbers, each row a function of the key, the episode and the turn."""
-    rows = np.empty((len(looks), slots), np.float32)
-    for row, (seed, member), turn in zip(rows, looks.episodes, looks.turns, strict=True):
-        entropy = np.random.SeedSequence([*key, int(seed), int(member), int(turn)])
-        np.random.Generator(np.random.Philox(entropy)).random(out=row, dtype=np.float32)
+def uniform(
+    looks: Looks, key: Key, shape: tuple[int, int], exploration: Exploration | None = None
+) -> NDArray[np.float32]:
+    """Return (n, K * V) numbers, each uniform in [0, 1); a row is a function of key, episode and turn.
+
+    With coherent exploration they come from normal numbers ``z`` through their distribution function,
+    ``z = sqrt(a) attempt + sqrt(c) chunk + sqrt(1 - a - c) own``, of which the first two are shared by the
+    tokens of one dimension in the attempt and in the chunk.
+
+    Args:
+        shape: (K, V) actions of a chunk, dimensions of an action.
+    """
+    shares = exploration or Exploration()
+    actions, dimensions = shape
+    rows = np.empty((len(looks), actions * dimensions), np.float32)
+    for row, episode, turn in zip(rows, looks.episodes.tolist(), looks.turns.tolist(), strict=True):
+        own = _generator(*key, *episode, turn)
+        if not shares.coherent:
+            own.random(out=row, dtype=np.float32)
+            continue
+        mixed = np.sqrt(1 - shares.attempt - shares.chunk) * own.standard_normal(shape)
+        mixed += np.sqrt(shares.chunk) * own.standard_normal(dimensions)
+        mixed += np.sqrt(shares.attempt) * _generator(*key, *episode, _WHOLE_ATTEMPT).standard_normal(
+            dimensions
+        )
+        row[:] = np.minimum(ndtr(mixed).ravel(), _BELOW_ONE)
     return rows
+
+
+def _generator(*key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
 def encode_prompts(bundle: Bundle, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -179,6 +179,7 @@ class _Acting:
             load_bundle(Path(bundle)),
             instructions,
             keep_tokens=not settings.update.train_encoder,
+            exploration=settings.sampling.exploration,
             device="cuda" if settings.placement.gpu else "cpu",
             precision=settings.update.precision,
         )

@@ -37,6 +37,34 @@ Aggregation = Literal[
 Tracker = Literal["console", "tensorboard", "wandb", "swanlab", "mlflow", "trackio", "clearml", "file"]
 
 
+class Exploration(Config, frozen=True, kw_only=True):
+    """How the tokens of an attempt stray from what the policy thinks likeliest: together, or each alone.
+
+    Every token is drawn from its own distribution either way, so that log-probabilities and losses are
+    those of the recipe. Shared noise adds up over an attempt where independent noise cancels out: the same
+    temperature reaches farther, and the outcome tells in which direction. To first order the expected
+    update is the policy gradient averaged over the tokens that share their noise (Stein's identity: the
+    mean of outcome times noise is covariance times gradient). Continuous control knows such exploration
+    as pink noise and gSDE (Eberhard et al. 2023, Raffin et al. 2022); SimpleVLA-RL draws each token alone.
+
+    Attributes:
+        attempt: share of the noise's variance that all tokens of a dimension have in common in an attempt.
+        chunk: share that those of one chunk have in common beyond that.
+    """
+
+    attempt: Share = 0.0
+    chunk: Share = 0.0
+
+    def __post_init__(self) -> None:
+        if self.attempt + self.chunk > 1:
+            raise ValueError("attempt and chunk must not exceed 1 together")
+
+    @property
+    def coherent(self) -> bool:
+        """Whether anything is shared."""
+        return self.attempt + self.chunk > 0
+
+
 class SamplingSettings(Config, frozen=True, kw_only=True):
     """Which episodes are played, and which of them are learned from.
 
@@ -48,6 +76,7 @@ class SamplingSettings(Config, frozen=True, kw_only=True):
         temperature: the logits are divided by it, for sampling and for the update alike.
         final_temperature: where the temperature goes, in a straight line over the iterations; 0 to
             leave it where it is.
+        exploration: what the tokens of an attempt have in common when they stray.
         dynamic: keep only groups whose accuracy is within ``accuracy_low`` and ``accuracy_high``.
         keep_surplus: groups beyond what an update takes wait for the next one.
         retry_unanimous: a group that failed altogether is sampled once more, later, and counts as one
@@ -65,6 +94,7 @@ class SamplingSettings(Config, frozen=True, kw_only=True):
     rounds: Count = 1
     temperature: Positive = 1.6
     final_temperature: NotNegative = 0.0
+    exploration: Exploration = Exploration()
     dynamic: bool = True
     accuracy_low: Share = 0.1
     accuracy_high: Share = 0.9

@@ -63,6 +63,7 @@ class VLAWorker(TrainingWorker):
                 loaded,
                 instructions,
                 keep_tokens=not settings.update.train_encoder,
+                exploration=settings.sampling.exploration,
                 device=get_device_name(),
                 precision=settings.update.precision,
             )
