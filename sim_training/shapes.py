@@ -5,6 +5,7 @@ Lengths are m; a profile is a sequence of (radius, z) points about the z axis.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ class Mesh(NamedTuple):
     uvs: NDArray[np.float32]
 
 
+@lru_cache(maxsize=64)  # every scene has the same table and wall
 def box(half_size: tuple[float, float, float], centre: tuple[float, float, float] = (0, 0, 0)) -> Mesh:
     """Return a box; each face carries the texture once."""
     vertices: list[Any] = []
