@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from robot_bridge.execution_modes import Execution, ExecutionMode
 from robot_bridge.rig import Rig, load_rig
 from simplevla.cli import require_choice
 from simplevla.embodiment import Embodiment, require_same
@@ -32,6 +33,7 @@ MAX_RECORD_AGE_S = 24 * 3600.0
 _TRUTH = ("false", "true")
 _LEVELS = ("debug", "info", "warning", "error")
 _BACKENDS = ("onnxruntime", "torch")
+EXECUTIONS = tuple(mode.value for mode in ExecutionMode)
 _HARDWARE_DOMAIN = 0  # ROS's own default
 _TWIN_DOMAIN = 77  # so that a twin never meets the robot that the same PC drives
 _HARDWARE_AGE_S = 0.1
@@ -62,6 +64,16 @@ ARGUMENTS = (
     ),
     Argument("address", DEFAULT_ADDRESS, "where the local policy server listens"),
     Argument("backend", "onnxruntime", "what computes the network in the local policy server", _BACKENDS),
+    Argument(
+        "execution",
+        "synchronous",
+        "how chunks become motion: hold and look between them, the same after part of each, or ask while "
+        "moving and average, or splice",
+        EXECUTIONS,
+    ),
+    Argument(
+        "horizon", "0", "actions played of each answer, receding or in real time; 0: as the mode has it"
+    ),
     Argument("cameras", "", "cameras to start, by commas; empty: all of the rig"),
     Argument("seed", "0", "decides the twin's first scene"),
     Argument("namespace", "", "ROS namespace of every node"),
@@ -97,6 +109,8 @@ class Settings:
     server: str = LOCAL
     address: str = DEFAULT_ADDRESS
     backend: str = "onnxruntime"
+    execution: str = "synchronous"
+    horizon: int = 0
     cameras: tuple[str, ...] = ()
     seed: int = 0
     namespace: str = ""
@@ -117,8 +131,9 @@ class Settings:
         for argument in ARGUMENTS:
             if argument.choices:
                 require_choice(argument.name, texts[argument.name], argument.choices)
-        if not texts["seed"].isdecimal():
-            raise ConfigError(f"seed is {texts['seed']!r}", "give a whole number that is not negative")
+        for name in ("seed", "horizon"):
+            if not texts[name].isdecimal():
+                raise ConfigError(f"{name} is {texts[name]!r}", "give a whole number that is not negative")
         return cls(
             rig=texts["rig"],
             task=texts["task"],
@@ -126,6 +141,8 @@ class Settings:
             server=texts["server"],
             address=texts["address"],
             backend=texts["backend"],
+            execution=texts["execution"],
+            horizon=int(texts["horizon"]),
             cameras=tuple(name for name in texts["cameras"].replace(" ", "").split(",") if name),
             seed=int(texts["seed"]),
             namespace=texts["namespace"].strip("/"),
@@ -223,6 +240,8 @@ def processes(settings: Settings) -> list[Process]:
         "cameras": ",".join(settings.cameras),
         "task": settings.task,
         "session_record": record,
+        "execution": settings.execution,
+        "horizon": str(settings.horizon),
     }
     server = ("server",) if settings.is_local else ()
     found.append(
@@ -256,6 +275,7 @@ def check(settings: Settings) -> None:
     """
     if importlib.util.find_spec("rclpy") is None:
         raise MissingExtraError("rclpy", "ros_wheels")
+    Execution(ExecutionMode(settings.execution), settings.horizon)
     rig = load_rig(settings.rig)
     embodiment = rig.load_embodiment()
     known = [camera.name for camera in embodiment.cameras]

@@ -1,24 +1,28 @@
 """Plays action chunks: which setpoint is wanted at a given time.
 
 Two real-time domains meet here. The policy thinks in chunks and may be late; the arms want a setpoint
-every few milliseconds. What is wanted is a piecewise linear function of time: from where the arms are
-wanted when a trajectory starts to its first target, from target to target, and after the last one it
-stays. A new trajectory replaces the rest of the old one from its start on, without a jump.
+every few milliseconds. What is wanted follows a smooth path (:mod:`robot_bridge.smooth_path`) from where
+the arms are wanted when a trajectory starts through target after target, at rest at the last one. A new
+trajectory replaces the rest of the old one from its start on; the path is laid anew from the motion of
+that moment, so that neither position nor velocity nor acceleration jumps. A chunk that comes before the
+last target of the one before is due therefore leaves no seam at all.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from robot_bridge.smooth_path import Motion, SmoothPath, Vector
 from simplevla.errors import ChunkError
-
-Vector = NDArray[np.float64]
 
 _MAX_ACTIONS = 4096
 _INSTANT_S = 1e-6
+_TOO_NEAR = 0.5  # of the time between two targets
+_KEPT = 4  # trajectories whose progress is told
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def smooth_move(
         goal: (D,) positions to end at.
         speed: (D,) what no joint exceeds; rad/s and m/s.
         acceleration: (D,) likewise; rad/s2 and m/s2.
-        dt_s: spacing of the targets, s.
+        dt_s: spacing of the targets, s; wider on a move of very many.
         start_s: when to set out, s of the player's clock.
         stamp_ns: names the trajectory.
     """
@@ -83,7 +87,8 @@ def smooth_move(
         float(np.sqrt(10 / np.sqrt(3) * distance / acceleration).max()),
         2 * dt_s,
     )
-    count = int(np.ceil(duration_s / dt_s))
+    count = min(int(np.ceil(duration_s / dt_s)), _MAX_ACTIONS)
+    dt_s = max(dt_s, duration_s / count)
     s = np.arange(1, count + 1)[:, None] / count
     blend = s**3 * (10 - 15 * s + 6 * s**2)
     targets = start + (goal - start) * blend
@@ -91,24 +96,40 @@ def smooth_move(
     return Trajectory(start_s, dt_s, targets, stamp_ns)
 
 
+class Played(NamedTuple):
+    """How many targets of the trajectory with this stamp were reached."""
+
+    stamp_ns: int
+    reached: int
+
+
 class ChunkPlayer:
     """Holds what is to be done next; time is passed in and never runs backwards."""
 
-    def __init__(self, hold: ArrayLike) -> None:
-        """Start by holding ``hold`` (D,)."""
+    def __init__(self, hold: ArrayLike, bounds: tuple[Vector, Vector] | None = None) -> None:
+        """Start by holding ``hold`` (D,).
+
+        Args:
+            hold: where.
+            bounds: (D,) lower and upper positions that nothing between targets within them leaves.
+        """
         self._dimension = len(np.asarray(hold))
+        self._lower: Vector | None
+        self._upper: Vector | None
+        self._lower, self._upper = bounds if bounds is not None else (None, None)
         self.hold(hold)
 
     def hold(self, positions: ArrayLike) -> None:
         """Forget what was to be played and want ``positions`` (D,) from now on."""
-        self._times = np.array([-np.inf])
-        self._points: Vector = np.asarray(positions, dtype=np.float64).reshape(1, self._dimension).copy()
-        self._trajectory: Trajectory | None = None
-        self._begins_s = np.inf
-        self._skipped = 0
+        place = np.asarray(positions, dtype=np.float64).reshape(self._dimension).copy()
+        self._path = self._through(Motion(place, 0 * place, 0 * place), np.array([-np.inf]), place[None])
+        self._taken: tuple[_Taken, ...] = ()
 
     def offer(self, trajectory: Trajectory, now_s: float) -> int:
         """Play ``trajectory`` from its start on, or from now if its start has passed.
+
+        The motion of this moment goes on without a step in velocity or acceleration. What the
+        trajectories before wanted until the new one's start is still done.
 
         Returns:
             How many of its first targets lie in the past already and are skipped.
@@ -121,10 +142,11 @@ class ChunkPlayer:
                 f"targets have {trajectory.targets.shape[1]} values, the arms have {self._dimension}",
                 "send targets for this embodiment",
             )
-        if self._trajectory is not None and trajectory.stamp_ns <= self._trajectory.stamp_ns:
+        newest_ns = self._taken[-1].stamp_ns if self._taken else None
+        if newest_ns is not None and trajectory.stamp_ns <= newest_ns:
             raise ChunkError(
                 f"stale: it is not newer than the one that plays (by "
-                f"{(self._trajectory.stamp_ns - trajectory.stamp_ns) / 1e6:.1f} ms)",
+                f"{(newest_ns - trajectory.stamp_ns) / 1e6:.1f} ms)",
                 "send trajectories in order",
             )
         times = trajectory.times()
@@ -136,42 +158,66 @@ class ChunkPlayer:
                 "check the clocks and the delay of the policy",
             )
         begins = max(now_s, trajectory.start_s)
-        kept = np.flatnonzero((self._times > now_s) & (self._times < begins))
-        self._points = np.concatenate(
-            [
-                self.wanted(now_s)[None],
-                self._points[kept],
-                self.wanted(begins)[None],
-                trajectory.targets[skipped:],
-            ]
-        )
-        self._times = np.concatenate([[now_s], self._times[kept], [begins], times[skipped:]])
-        self._trajectory, self._begins_s, self._skipped = trajectory, begins, skipped
+        self._taken = (
+            *(taken.until(begins) for taken in self._taken if taken.begins_s < begins),
+            _Taken(trajectory.stamp_ns, begins, times[skipped:]),
+        )[-_KEPT:]
+        self._lay(trajectory, skipped, begins, now_s)
         return skipped
 
     def wanted(self, t_s: float) -> Vector:
         """Return (D,) what is wanted at ``t_s``: between two targets, or held before and after."""
-        after = int(np.searchsorted(self._times, t_s, side="right"))
-        if after == 0:
-            return self._points[0].copy()
-        if after == len(self._times):
-            return self._points[-1].copy()
-        begin, end = self._times[after - 1], self._times[after]
-        fraction = (t_s - begin) / (end - begin)
-        return self._points[after - 1] * (1 - fraction) + self._points[after] * fraction
+        return self._path.position(t_s)
 
-    def playing(self, t_s: float) -> int | None:
-        """Return the stamp of the newest trajectory once it has begun, None before that or in a hold."""
-        if self._trajectory is None or t_s <= self._begins_s:
-            return None
-        return self._trajectory.stamp_ns
+    def motion(self, t_s: float) -> Motion:
+        """Return what is wanted at ``t_s`` with its velocity and acceleration."""
+        return self._path.motion(t_s)
 
-    def consumed(self, t_s: float) -> int:
-        """Return how many targets of the newest trajectory were played by ``t_s``."""
-        if self._trajectory is None:
-            return 0
-        return max(int(np.searchsorted(self._trajectory.times(), t_s, side="right")) - self._skipped, 0)
+    def played(self, t_s: float) -> tuple[Played, ...]:
+        """Return how far each of the last trajectories came by ``t_s``, of those that have begun.
+
+        Oldest first; nothing in a hold.
+        """
+        return tuple(
+            Played(taken.stamp_ns, int(np.searchsorted(taken.times, t_s, side="right")))
+            for taken in self._taken
+            if taken.begins_s < t_s
+        )
 
     def done(self, t_s: float) -> bool:
         """Return whether nothing is left to play at ``t_s``."""
-        return bool(t_s >= self._times[-1])
+        return bool(t_s >= self._path.ends_s)
+
+    def _lay(self, trajectory: Trajectory, skipped: int, begins: float, now_s: float) -> None:
+        """Lay the path from this moment through what is left of the old one and all of the new one."""
+        times, targets = trajectory.times()[skipped:], trajectory.targets[skipped:]
+        if trajectory.start_s < now_s:
+            # Late: a target that is due at once is reached by nothing but a jerk; make for the one after.
+            near = int(np.searchsorted(times, now_s + _TOO_NEAR * trajectory.dt_s))
+            near = min(near, len(times) - 1)
+            times, targets = times[near:], targets[near:]
+        motion = self._path.motion(now_s)
+        kept_times, kept = self._path.between(now_s, begins - _INSTANT_S)
+        knots = [(np.array([now_s]), motion.position[None]), (kept_times, kept)]
+        if begins > now_s + _INSTANT_S:
+            knots.append((np.array([begins]), self._path.position(begins)[None]))
+        knots.append((times, targets))
+        self._path = self._through(
+            motion, np.concatenate([t for t, _ in knots]), np.concatenate([p for _, p in knots])
+        )
+
+    def _through(self, motion: Motion, times: Vector, points: Vector) -> SmoothPath:
+        return SmoothPath(motion, times, points, self._lower, self._upper)
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A trajectory that was taken: from when on it counts, and when its targets are reached."""
+
+    stamp_ns: int
+    begins_s: float
+    times: Vector
+
+    def until(self, t_s: float) -> _Taken:
+        """Return it without what is not reached by ``t_s``, when the next one takes over."""
+        return replace(self, times=self.times[self.times <= t_s + _INSTANT_S])

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from robot_bridge.bringup import ARGUMENTS, LOCAL, Settings
+from robot_bridge.bringup import ARGUMENTS, EXECUTIONS, LOCAL, Settings
 from simplevla.cli import Command, whole_number
 
 _UP_EPILOG = """\
@@ -109,6 +109,19 @@ def _configure_trial(parser: argparse.ArgumentParser) -> None:
         default="onnxruntime",
         choices=["onnxruntime", "torch"],
         help="what computes the network in a local server (default: onnxruntime)",
+    )
+    parser.add_argument(
+        "--execution",
+        default="synchronous",
+        choices=EXECUTIONS,
+        help="how chunks become motion, see docs/chunk_execution.md (default: synchronous)",
+    )
+    parser.add_argument(
+        "--horizon",
+        type=whole_number(0, 512),
+        default=0,
+        metavar="N",
+        help="actions played of each answer, receding or real-time; 0: as the mode has it (default: 0)",
     )
     parser.add_argument(
         "--attach", action="store_true", help="use the stack that `simplevla up` has started"

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from robot_bridge.chunk_execution import ChunkPlayer, Trajectory, smooth_move
+from robot_bridge.chunk_execution import ChunkPlayer, Played, Trajectory, smooth_move
 from robot_bridge.limits import Limiter, LimitEvent, Vector
 from simplevla.embodiment import Embodiment
 from simplevla.errors import SimplevlaError, UnavailableError
@@ -65,8 +65,7 @@ class Tick:
         states: of each arm, in the embodiment's order.
         sent: (D,) what was really sent; None if nothing was.
         events: what the limits changed.
-        playing: stamp of the newest trajectory that has begun; None in a hold.
-        consumed: how many of its targets were played so far.
+        played: how far the last trajectories came; empty in a hold.
     """
 
     index: int
@@ -74,8 +73,7 @@ class Tick:
     states: tuple[ArmState, ...]
     sent: Vector | None
     events: tuple[LimitEvent, ...]
-    playing: int | None
-    consumed: int
+    played: tuple[Played, ...]
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ class ControlLoop:
             (driver, part) for driver, (_, part) in zip(drivers, embodiment.slices(), strict=True)
         ]
         self._limiter = limiter
-        self._player = ChunkPlayer(np.zeros(embodiment.dimension))
+        self._player = ChunkPlayer(np.zeros(embodiment.dimension), embodiment.position_limits())
         self._on_tick = on_tick
         self._max_age_s = max_feedback_age_s
         self._period_s = 1.0 / embodiment.control_rate_hz
@@ -291,20 +289,20 @@ class ControlLoop:
 
     def _turn(self, index: int, t_s: float, dt_s: float) -> None:
         states = tuple(driver.state() for driver, _ in self._arms)
-        setpoint, playing, consumed = None, None, 0
+        setpoint, played = None, tuple[Played, ...]()
         with self._lock:
             mode = self._judge(states)
             if mode is Mode.ON or (mode is Mode.FAULT and not self._limiter.resting):
                 measured = np.concatenate([self._trusted(state) for state in states])
                 setpoint = self._limiter.admit(self._player.wanted(t_s), measured, dt_s)
-                playing, consumed = self._player.playing(t_s), self._player.consumed(t_s)
+                played = self._player.played(t_s)
         sent = None
         if setpoint is not None:
             sent = _joined([driver.send(setpoint, part) for driver, part in self._arms])
         elif mode is Mode.STOPPED and index % _REPEAT_STOP == 0:
             self._stop_all([state.stopped for state in states])
         events = setpoint.events if setpoint is not None else ()
-        self._on_tick(Tick(index, time.time_ns(), states, sent, events, playing, consumed))
+        self._on_tick(Tick(index, time.time_ns(), states, sent, events, played))
 
     def _judge(self, states: Sequence[ArmState]) -> Mode:
         """Return the mode after what the arms say of themselves; the lock is held."""

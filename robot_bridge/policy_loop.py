@@ -1,8 +1,10 @@
-"""One episode, synchronously: look, ask the policy server, let the arms play the chunk, look again.
+"""One episode: look, ask the policy server, hand the arms what of the answer they are to play, look again.
 
-The arms hold while the server thinks. What was executed is what the arms say they played, by index;
-no clock is asked. Whatever is lost on the way ends the episode with a failure code and a reason; the
-arms hold by themselves, and the next episode starts afresh.
+When to look, what is committed and what the arms get is decided by a
+:class:`~robot_bridge.execution_modes.ChunkPlan`. What was executed is what the arms say they played, by
+index; no clock is asked. Arms that do not follow are left to come to rest, and the policy looks again.
+Whatever is lost on the way ends the episode with a failure code and a reason; the arms hold by
+themselves, and the next episode starts afresh.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from simplevla.errors import SimplevlaError, UnavailableError
+from robot_bridge.execution_modes import ChunkPlan, DelayEstimate, Execution, HandOver
+from simplevla.errors import ChunkError, SimplevlaError, UnavailableError
 from simplevla.observation import Observation
 from simplevla.trial import FailureCode
 
@@ -32,6 +35,9 @@ logger = logging.getLogger(__name__)
 _PLAYED_PATIENCE_S = 0.5
 _DISCOVERY_S = 10.0  # until DDS has brought two nodes of a busy machine together
 _MAX_UNPLAYED = 3  # one may be refused for a gap in the joint feedback; then the policy looks again
+_MAX_STALE = 3
+_WORD_NS = 300_000_000  # how late the arms' word may come on a busy machine
+_BEHIND = 1  # actions that the arms' word may lag behind what is due
 
 
 class Phase(str, Enum):
@@ -65,19 +71,19 @@ class Request:
 
 @dataclass(frozen=True)
 class PlayedChunk:
-    """A chunk on its way to the arms, with its times in ns of the system clock.
+    """What of an answer is on its way to the arms, with its times in ns of the system clock.
 
     Attributes:
-        index: of the chunk in its episode.
-        first_action: index in the episode of its first action.
-        actions: (K, D) what is left of it under the step limit.
-        stamp_ns: when the arms shall set out; names the trajectory.
+        index: of the answer in its episode.
+        hand: the targets, and when the arms shall set out, which names the trajectory.
+        asked: index in the episode of the answer's first action.
+        committed: how many of its first actions the arms had already.
     """
 
     index: int
-    first_action: int
-    actions: NDArray[np.float32]
-    stamp_ns: int
+    hand: HandOver
+    asked: int
+    committed: int
     request_ns: int
     reply_ns: int
     reply: Reply
@@ -124,18 +130,16 @@ class JointTimeline:
 
 
 class PlayedCounts:
-    """How many targets of each trajectory the arms say they have played."""
+    """How many targets of each trajectory the arms say they have played, and by when."""
 
-    def __init__(self, length: int = 16) -> None:
+    def __init__(self, length: int = 400) -> None:
         self._news = threading.Condition()
-        self._counts: deque[tuple[int, int]] = deque(maxlen=length)
+        self._counts: deque[tuple[int, int, int]] = deque(maxlen=length)
 
-    def add(self, stamp_ns: int, count: int) -> None:
-        """Take note that ``count`` targets of the trajectory with this stamp were played."""
+    def add(self, stamp_ns: int, count: int, at_ns: int) -> None:
+        """Take note that ``count`` targets of the trajectory with this stamp were played by ``at_ns``."""
         with self._news:
-            if not (self._counts and self._counts[-1][0] == stamp_ns):
-                self._counts.append((stamp_ns, count))
-            self._counts[-1] = (stamp_ns, count)
+            self._counts.append((stamp_ns, count, at_ns))
             self._news.notify_all()
 
     def wait(self, stamp_ns: int, count: int, timeout_s: float) -> int | None:
@@ -144,8 +148,13 @@ class PlayedCounts:
             self._news.wait_for(lambda: self._of(stamp_ns) == count, timeout_s)
             return self._of(stamp_ns)
 
+    def by(self, at_ns: int) -> dict[int, int]:
+        """Return {stamp of a trajectory: targets played by ``at_ns``} of the last trajectories."""
+        with self._news:
+            return {stamp: count for stamp, count, when_ns in self._counts if when_ns <= at_ns}
+
     def _of(self, stamp_ns: int) -> int | None:
-        return next((count for stamp, count in self._counts if stamp == stamp_ns), None)
+        return next((count for stamp, count, _ in reversed(self._counts) if stamp == stamp_ns), None)
 
 
 class PolicyLoop:
@@ -157,10 +166,8 @@ class PolicyLoop:
         joints: measured positions, as the arms publish them.
         played: what the arms say they played.
         publish: hands a chunk to the arms.
-        lead_s: how far ahead of now a trajectory starts, so that it reaches the arms in time.
+        execution: how chunks become motion; synchronously by default.
         timeout_s: how long to wait for a picture or for joint feedback.
-        settle_s: how much later than in simulation the arms are where a chunk's last action wants them;
-            the next observation waits for that.
     """
 
     def __init__(
@@ -171,22 +178,22 @@ class PolicyLoop:
         played: PlayedCounts,
         publish: Callable[[PlayedChunk], None],
         *,
-        lead_s: float = 0.005,
+        execution: Execution | None = None,
         timeout_s: float = 1.0,
-        settle_s: float = 0.0,
     ) -> None:
         self._client = client
         self._cameras = cameras
         self._joints = joints
         self._played = played
         self._publish = publish
-        self._lead_ns = round(lead_s * 1e9)
+        self._execution = execution or Execution()
+        self._delays = DelayEstimate()
         self._timeout_s = timeout_s
-        self._settle_ns = round(settle_s * 1e9)
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._changing = threading.Lock()
-        self._unplayed = 0  # chunks in a row
+        self._unplayed = self._stale = 0  # chunks in a row
+        self._handed: dict[int, HandOver] = {}  # by stamp
         self.state = EpisodeState()
 
     def __enter__(self) -> PolicyLoop:
@@ -225,10 +232,15 @@ class PolicyLoop:
         )
         try:
             self._meet_arms()
-            index, after_ns, self._unplayed = 0, time.time_ns(), 0
+            self._unplayed = self._stale = 0
+            self._handed.clear()
+            plan = ChunkPlan(
+                self._execution, self._delays, step_limit=request.step_limit, begin_ns=time.time_ns()
+            )
             while not self._stopping.is_set() and self.state.actions < request.step_limit:
-                after_ns = self._one_chunk(request, index, after_ns)
-                index += 1
+                self._one_chunk(request, plan)
+            if self._stopping.is_set():
+                self._rest(plan)
         except _LostError as lost:
             self._fail(lost.failure, str(lost.__cause__))
         except Exception as error:
@@ -245,26 +257,69 @@ class PolicyLoop:
             if self._stopping.is_set():
                 return
 
-    def _one_chunk(self, request: Request, index: int, after_ns: int) -> int:
-        """Observe after ``after_ns``, ask, have the chunk played; return when to look again."""
-        first = self.state.actions
-        observation = self._observe(request, after_ns)
-        request_ns = time.time_ns()
-        reply = self._ask(observation)
-        reply_ns = time.time_ns()
+    def _one_chunk(self, request: Request, plan: ChunkPlan) -> None:
+        """Look when it is time, ask, and have the answer played; or let the arms come to rest."""
+        if plan.newest is not None and not (plan.goes_on and self._follow(plan)):
+            self._rest(plan)
+            return
+        self._pause_until(plan.look_ns())
         if self._stopping.is_set():
-            return after_ns
-        actions = reply.chunk.actions[: request.step_limit - first]
-        chunk = PlayedChunk(
-            index, first, actions, time.time_ns() + self._lead_ns, request_ns, reply_ns, reply
+            return
+        observation = self._observe(request, plan.look_ns())
+        executed = self._executed(observation.capture_ns)
+        if executed < plan.due(observation.capture_ns) - _BEHIND:
+            self._rest(plan)
+            return
+        committed = plan.commit(executed)
+        request_ns = time.time_ns()
+        reply = self._ask(replace(observation, last_action=plan.asked - 1, committed=committed))
+        reply_ns = time.time_ns()
+        if self._stopping.is_set() or not self._follow(plan):
+            return
+        try:
+            hand = plan.take(
+                reply.chunk.actions,
+                reply.chunk.dt_s,
+                capture_ns=observation.capture_ns,
+                now_ns=time.time_ns(),
+            )
+        except ChunkError as error:
+            self._refuse(error)
+            return
+        self._stale, index = 0, len(self._handed)
+        self._handed[hand.start_ns] = hand
+        given = len(committed) if committed is not None else 0
+        self._publish(PlayedChunk(index, hand, plan.asked, given, request_ns, reply_ns, reply))
+        if hand.held:
+            logger.info("chunk %d came late: the arms were holding", index)
+
+    def _pause_until(self, t_ns: int) -> None:
+        self._stopping.wait(max(0, t_ns - time.time_ns()) / 1e9)
+
+    def _executed(self, at_ns: int) -> int:
+        """Return how many actions of the episode were executed by ``at_ns``, as the arms count."""
+        played = self._played.by(at_ns)
+        return max(
+            (hand.first + played[stamp] for stamp, hand in self._handed.items() if stamp in played),
+            default=0,
         )
-        self._publish(chunk)
-        ends_ns = chunk.stamp_ns + round(len(actions) * reply.chunk.dt_s * 1e9)
-        self._stopping.wait(max(0, ends_ns - time.time_ns()) / 1e9)
-        self._count_played(chunk)
-        return ends_ns + self._settle_ns
+
+    def _follow(self, plan: ChunkPlan) -> bool:
+        """Return whether the arms do what they were given, as far as they have said by now."""
+        now_ns = time.time_ns()
+        executed = self._executed(now_ns)
+        self.state = replace(self.state, actions=max(self.state.actions, executed))
+        return executed >= plan.due(now_ns - _WORD_NS) - _BEHIND
+
+    def _refuse(self, error: ChunkError) -> None:
+        """Play nothing of a stale answer, and give up after several in a row."""
+        self._stale += 1
+        logger.warning("answer refused: %s", error)
+        if self._stale == _MAX_STALE:
+            raise _LostError(FailureCode.SERVER_LOST) from error
 
     def _observe(self, request: Request, after_ns: int) -> Observation:
+        """Return what the robot shows after ``after_ns``."""
         try:
             frames = {
                 name: camera.wait_newer(after_ns, self._timeout_s) for name, camera in self._cameras.items()
@@ -282,7 +337,6 @@ class PolicyLoop:
             instruction=request.instruction,
             capture_ns=capture_ns,
             episode=request.episode,
-            last_action=self.state.actions - 1,
         )
 
     def _ask(self, observation: Observation) -> Reply:
@@ -293,11 +347,15 @@ class PolicyLoop:
         except SimplevlaError as error:
             raise _LostError(FailureCode.OTHER) from error
 
-    def _count_played(self, chunk: PlayedChunk) -> None:
-        """Count what the arms say they played of ``chunk``; a moment later than it was due, if need be."""
+    def _rest(self, plan: ChunkPlan) -> None:
+        """Let the arms play what they have, and count it; a moment later than it was due, if need be."""
+        hand = plan.newest
+        if hand is None:
+            return
+        self._pause_until(hand.ends_ns)
         stopping = self._stopping.is_set()
-        count = len(chunk.actions)
-        played = self._played.wait(chunk.stamp_ns, count, 0.0 if stopping else _PLAYED_PATIENCE_S)
+        count = len(hand.targets)
+        played = self._played.wait(hand.start_ns, count, 0.0 if stopping else _PLAYED_PATIENCE_S)
         self._unplayed = self._unplayed + 1 if played is None else 0
         if self._unplayed == _MAX_UNPLAYED and not stopping:
             error = UnavailableError(
@@ -306,8 +364,10 @@ class PolicyLoop:
             )
             raise _LostError(FailureCode.ARM_LOST) from error
         if played != count and not stopping:
-            logger.warning("chunk %d: the arms played %d of %d actions", chunk.index, played or 0, count)
-        self.state = replace(self.state, actions=chunk.first_action + (played or 0))
+            logger.warning("of the last chunk the arms played %d of %d actions", played or 0, count)
+        executed = self._executed(time.time_ns())
+        self.state = replace(self.state, actions=executed)
+        plan.rest_at(executed, hand.ends_ns + round(self._execution.settle_s * 1e9))
 
     def _fail(self, failure: FailureCode, reason: str) -> None:
         logger.error("episode %s failed: %s", self.state.episode, reason)

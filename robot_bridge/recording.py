@@ -41,6 +41,7 @@ INTERRUPTED = "interrupted"
 JOINT_STATE = "sensor_msgs/msg/JointState"
 COMPRESSED_IMAGE = "sensor_msgs/msg/CompressedImage"
 DIAGNOSTICS = "diagnostic_msgs/msg/DiagnosticArray"
+TRAJECTORY = "trajectory_msgs/msg/JointTrajectory"
 
 _PENDING_BYTES = 32 << 20
 _FAILED_BYTES = 512 << 20
@@ -78,7 +79,8 @@ def trial_topics(embodiment: Embodiment) -> tuple[RecordedTopic, ...]:
     return (
         RecordedTopic("joint_states", JOINT_STATE),
         RecordedTopic("setpoints", JOINT_STATE),
-        RecordedTopic("joint_trajectory", "trajectory_msgs/msg/JointTrajectory"),
+        RecordedTopic("joint_trajectory", TRAJECTORY),
+        RecordedTopic("policy/answers", TRAJECTORY),
         RecordedTopic("policy/chunks", DIAGNOSTICS),
         RecordedTopic("policy/state", DIAGNOSTICS),
         RecordedTopic("arms/executed", DIAGNOSTICS),
@@ -331,6 +333,15 @@ class Frame:
 
 
 @dataclass(frozen=True)
+class TargetSeries:
+    """A trajectory's stamp (ns), the time between its targets, and (K, D) the targets; rad and m."""
+
+    stamp_ns: int
+    dt_s: float
+    targets: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
 class Status:
     """One status of a DiagnosticArray: its array's stamp (ns), name, message and values."""
 
@@ -350,6 +361,7 @@ class Recording:
         measured, commanded: ``joint_states`` and ``setpoints``.
         frames: {camera: frames in order}.
         statuses: {topic: statuses in order} of the diagnostic topics.
+        trajectories: {topic: trajectories in order}.
     """
 
     path: Path
@@ -360,6 +372,7 @@ class Recording:
     commanded: JointSeries
     frames: dict[str, tuple[Frame, ...]]
     statuses: dict[str, tuple[Status, ...]]
+    trajectories: dict[str, tuple[TargetSeries, ...]] = field(default_factory=dict)
 
 
 def read_recording(path: Path, *, images: bool = True) -> Recording:
@@ -415,6 +428,11 @@ def read_recording(path: Path, *, images: bool = True) -> Recording:
             topic: tuple(status for m in messages[topic] for status in _statuses(m))
             for topic, kind in types.items()
             if kind == DIAGNOSTICS
+        },
+        trajectories={
+            topic: tuple(_target_series(m) for m in messages[topic] if len(m.points))
+            for topic, kind in types.items()
+            if kind == TRAJECTORY
         },
     )
 
@@ -472,6 +490,13 @@ def _joint_series(messages: list[Any]) -> JointSeries:
         np.array([_stamp_ns(m) for m in whole], dtype=np.int64),
         np.array([m.position for m in whole], dtype=np.float64).reshape(len(whole), len(names)),
     )
+
+
+def _target_series(message: Any) -> TargetSeries:
+    last = message.points[-1].time_from_start
+    ends_s = last.sec + last.nanosec / 1e9
+    targets = np.array([point.positions for point in message.points], dtype=np.float64)
+    return TargetSeries(_stamp_ns(message), ends_s / len(targets), targets)
 
 
 def _statuses(message: Any) -> list[Status]:

@@ -75,6 +75,8 @@ class TrialSettings:
             start of the evaluation in simulation, so that the two can be compared start by start.
         step_limit: actions after which a trial fails; RoboTwin gives ``move_can_pot`` 200.
         backend: of the policy server that is started.
+        execution: how chunks become motion; see :mod:`robot_bridge.execution_modes`.
+        horizon: actions played of each answer; 0 as the mode has it.
         server: address of a policy server that runs already; none is started then.
         attach: use a stack that runs already, on the rig's own ports, instead of starting one.
         namespace: ROS namespace of the stack.
@@ -91,6 +93,8 @@ class TrialSettings:
     seed: int = 10_000
     step_limit: int = 200
     backend: str = "onnxruntime"
+    execution: str = "synchronous"
+    horizon: int = 0
     server: str | None = None
     attach: bool = False
     namespace: str = ""
@@ -294,7 +298,13 @@ class Run:
             name,
             self._node.tap.topics,
             namespace=self._node.namespace,
-            metadata={"trial": name, "task": self.plan.settings.task, "seed": str(seed)},
+            metadata={
+                "trial": name,
+                "task": self.plan.settings.task,
+                "seed": str(seed),
+                "execution": self.plan.settings.execution,
+                "embodiment": self.plan.embodiment.name,
+            },
         )
         self._node.tap.recorder = recorder
         return recorder
@@ -479,6 +489,8 @@ def _bringup_settings(plan: Plan) -> bringup.Settings:
         bundle=plan.bundle.path,
         server=settings.server or bringup.LOCAL,
         backend=settings.backend,
+        execution=settings.execution,
+        horizon=settings.horizon,
         seed=settings.seed,
         namespace=settings.namespace,
         out=plan.out,

@@ -8,7 +8,7 @@ subscribes                 ``joint_trajectory`` (trajectory_msgs/JointTrajectory
                            ``(i + 1) dt`` after it
 publishes                  ``joint_states`` (measured), ``setpoints`` (what was really sent),
                            ``arms/executed`` (keyed by a trajectory's stamp: when its first
-                           setpoint went out, and how many targets were played),
+                           setpoint went out, how many targets were played, and by when),
                            ``arms/limits`` (a cause beginning to act on a joint), where the bases
                            stand (:mod:`robot_bridge.nodes.transforms`),
                            ``diagnostics`` at 1 Hz
@@ -132,11 +132,7 @@ class ArmsNode(Node):
         self._every = max(1, round(embodiment.control_rate_hz / self._publish_rate_hz))
         self._next_publish = 0
         self._acting: frozenset[LimitEvent] = frozenset()
-        self._first_setpoint_ns = 0
-        self._said: tuple[int, int] = (
-            0,
-            0,
-        )  # the playing trajectory's stamp and targets, as last published
+        self._said: dict[int, tuple[int, int]] = {}  # {stamp: first setpoint, ns, and targets played}
         self._newest: Tick | None = None
         self.create_subscription(JointTrajectory, "joint_trajectory", self._take, 10)
         self.create_timer(1.0, self._diagnose)
@@ -180,13 +176,15 @@ class ArmsNode(Node):
             self._setpoints.publish(sent)
 
     def _publish_executed(self, tick: Tick) -> None:
-        if tick.playing is None or (tick.playing, tick.consumed) == self._said:
-            return
-        if tick.playing != self._said[0]:
-            self._first_setpoint_ns = tick.stamp_ns
-        self._said = (tick.playing, tick.consumed)
-        values = {"first_setpoint_ns": self._first_setpoint_ns, "executed": tick.consumed}
-        self._executed.publish(diagnostics(tick.playing, status("executed", "", values)))
+        for stamp, count in tick.played:
+            first_ns, said = self._said.get(stamp, (tick.stamp_ns, -1))
+            if count == said:
+                continue
+            self._said[stamp] = (first_ns, count)
+            values = {"first_setpoint_ns": first_ns, "executed": count, "at_ns": tick.stamp_ns}
+            self._executed.publish(diagnostics(stamp, status("executed", "", values)))
+        for stamp in self._said.keys() - {played.stamp_ns for played in tick.played}:
+            del self._said[stamp]
 
     def _take(self, message: JointTrajectory) -> None:
         try:

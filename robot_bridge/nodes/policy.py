@@ -4,8 +4,9 @@ Frames of the control path stay in this process; what goes over DDS is for peopl
 
 =========================  ==================================================================
 subscribes                 ``joint_states``, ``arms/executed``
-publishes                  ``joint_trajectory`` (a chunk), ``policy/chunks`` (keyed by the
-                           trajectory's stamp: its times and its policy), ``policy/state``
+publishes                  ``joint_trajectory`` (what of an answer is to be played),
+                           ``policy/answers`` (the whole answer) and ``policy/chunks`` (its times and
+                           its policy), both keyed by the trajectory's stamp, ``policy/state``
                            (on change and at 2 Hz), ``<camera>/color/image_raw/compressed``,
                            ``<camera>/color/camera_info``, where the cameras stand
                            (:mod:`robot_bridge.nodes.transforms`)
@@ -23,6 +24,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -38,6 +40,7 @@ from policy_server.client import PolicyClient, ServerInfo, keys_for
 from policy_server.protocol import DEFAULT_ADDRESS
 from robot_bridge.drivers.choice import camera_driver
 from robot_bridge.drivers.realsense import Frame, RealSenseDriver
+from robot_bridge.execution_modes import MAX_HORIZON, Execution, ExecutionMode
 from robot_bridge.nodes.process import (
     declare,
     declare_record,
@@ -111,9 +114,8 @@ def open_policy() -> Iterator[PolicyNode]:
             node.joints,
             node.played,
             node.publish_chunk,
-            lead_s=node.lead_s,
+            execution=replace(node.execution, settle_s=settle_s(node.record, embodiment)),
             timeout_s=node.input_timeout_s,
-            settle_s=settle_s(node.record, embodiment),
         )
         node.attach(embodiment, client.info, loop)
         resources.enter_context(loop)
@@ -170,9 +172,7 @@ class PolicyNode(Node):
             high=10,
         )
         self.record = declare_record(self)
-        self.lead_s: float = declare(
-            self, "lead_s", 0.005, "how far ahead of now a trajectory starts, s", low=0, high=1
-        )
+        self.execution = _declare_execution(self)
         self._jpeg_quality: int = declare(
             self, "jpeg_quality", 90, "quality of the published pictures, percent", low=1, high=100
         )
@@ -190,6 +190,7 @@ class PolicyNode(Node):
         self.joints = JointTimeline()
         self.played = PlayedCounts()
         self._trajectories = self.create_publisher(JointTrajectory, "joint_trajectory", 10)
+        self._answers = self.create_publisher(JointTrajectory, "policy/answers", 10)
         self._chunks = self.create_publisher(DiagnosticArray, "policy/chunks", 50)
         self._states = self.create_publisher(DiagnosticArray, "policy/state", 10)
         self._said: tuple[EpisodeState, float] = (EpisodeState(), 0.0)
@@ -207,21 +208,19 @@ class PolicyNode(Node):
 
     def publish_chunk(self, chunk: PlayedChunk) -> None:
         """Hand a chunk to the arms, and tell what it is; in the episode's thread."""
-        message = JointTrajectory(joint_names=self._names)
-        set_stamp(message.header.stamp, chunk.stamp_ns)
-        dt_ns = round(chunk.reply.chunk.dt_s * 1e9)
-        for i, target in enumerate(chunk.actions):
-            point = JointTrajectoryPoint(positions=target.astype(np.float64).tolist())
-            set_stamp(point.time_from_start, (i + 1) * dt_ns)
-            message.points.append(point)
-        self._trajectories.publish(message)
+        hand, answer = chunk.hand, chunk.reply.chunk
+        self._trajectories.publish(self._trajectory(hand.targets, hand.dt_s, hand.start_ns))
         publish_ns = time.time_ns()
+        self._answers.publish(self._trajectory(answer.actions, answer.dt_s, hand.start_ns))
         capture_ns = chunk.reply.chunk.capture_ns
         timing = chunk.reply.timing
         values = {
             "index": chunk.index,
-            "first_action": chunk.first_action,
-            "actions": len(chunk.actions),
+            "first_action": hand.first,
+            "actions": len(hand.targets),
+            "asked": chunk.asked,
+            "committed": chunk.committed,
+            "held": hand.held,
             "policy_id": chunk.reply.chunk.policy_id,
             "capture_ns": capture_ns,
             "request_ns": chunk.request_ns,
@@ -232,7 +231,17 @@ class PolicyNode(Node):
             "request_to_reply_ms": f"{(chunk.reply_ns - chunk.request_ns) / 1e6:.3f}",
             "reply_to_publish_ms": f"{(publish_ns - chunk.reply_ns) / 1e6:.3f}",
         }
-        self._chunks.publish(diagnostics(chunk.stamp_ns, status("chunk", "", values)))
+        self._chunks.publish(diagnostics(hand.start_ns, status("chunk", "", values)))
+
+    def _trajectory(self, targets: NDArray[np.float32], dt_s: float, stamp: int) -> JointTrajectory:
+        message = JointTrajectory(joint_names=self._names)
+        set_stamp(message.header.stamp, stamp)
+        dt_ns = round(dt_s * 1e9)
+        for i, target in enumerate(targets):
+            point = JointTrajectoryPoint(positions=target.astype(np.float64).tolist())
+            set_stamp(point.time_from_start, (i + 1) * dt_ns)
+            message.points.append(point)
+        return message
 
     @contextmanager
     def publishing(self, driver: RealSenseDriver) -> Iterator[None]:
@@ -275,8 +284,10 @@ class PolicyNode(Node):
     def _take_executed(self, message: DiagnosticArray) -> None:
         for each in message.status:
             values = {pair.key: pair.value for pair in each.values}
-            if values.get("executed", "").isdigit():
-                self.played.add(stamp_ns(message.header.stamp), int(values["executed"]))
+            if values.get("executed", "").isdigit() and values.get("at_ns", "").isdigit():
+                self.played.add(
+                    stamp_ns(message.header.stamp), int(values["executed"]), int(values["at_ns"])
+                )
 
     def _publish_state(self) -> None:
         now, state = time.monotonic(), self._loop.state
@@ -315,6 +326,37 @@ class PolicyNode(Node):
         if len(known) != 1:
             raise ConfigError("no instruction is set", f"set one, such as: {'; '.join(known.values())}")
         return next(iter(known.values()))
+
+
+def _declare_execution(node: Node) -> Execution:
+    """Declare how chunks become motion and return it.
+
+    Raises:
+        ConfigError: there is no such mode, or it has no horizon.
+    """
+    modes = [mode.value for mode in ExecutionMode]
+    mode: str = declare(
+        node,
+        "execution",
+        modes[0],
+        f"how chunks become motion: {', '.join(modes)} (docs/chunk_execution.md)",
+    )
+    horizon: int = declare(
+        node,
+        "horizon",
+        0,
+        "new actions of an answer to be played, receding or in real time; 0: as the mode has it",
+        low=0,
+        high=MAX_HORIZON,
+    )
+    max_age_s: float = declare(
+        node, "max_age_s", 2.0, "an answer to an older observation is refused, s", low=0.05, high=60
+    )
+    lead_s: float = declare(
+        node, "lead_s", 0.005, "how far ahead of now a trajectory starts, s", low=0, high=1
+    )
+    require_choice("execution", mode, modes)
+    return Execution(ExecutionMode(mode), horizon, max_age_s, lead_s)
 
 
 def compressed_image(frame: Frame, frame_id: str, quality: int) -> CompressedImage:

@@ -63,7 +63,9 @@ def test_arguments_that_mean_nothing_are_refused(values, message):
 
 
 def test_a_twin_with_a_local_server_runs_these_processes_in_this_order():
-    described = processes(Settings(cameras=("head",), record=True, namespace="lab"))
+    described = processes(
+        Settings(cameras=("head",), record=True, namespace="lab", execution="real-time", horizon=3)
+    )
     assert [p.name for p in described] == ["twin", "server", "arms", "recorder", "policy"]
     seen: set[str] = set()
     for process in described:
@@ -76,6 +78,7 @@ def test_a_twin_with_a_local_server_runs_these_processes_in_this_order():
     assert "-r __ns:=/lab" in commands["arms"]
     assert "-p cameras:=head" in commands["policy"]
     assert "-p task:=move_can_pot" in commands["policy"]
+    assert "-p execution:=real-time -p horizon:=3" in commands["policy"]
 
 
 def test_with_metal_and_a_remote_server_only_the_bridge_runs(tmp_path):
@@ -135,6 +138,8 @@ def test_metal_needs_a_valid_session_record_or_an_override_by_name(tmp_path):
         (["--task", "juggle"], "unknown task 'juggle'"),
         (["--server", "tcp://127.0.0.1:9"], "no policy server answers"),
         (["--seed", "x"], "seed is 'x'"),
+        (["--horizon", "x"], "horizon is 'x'"),
+        (["--horizon", "2"], "synchronous execution has no horizon"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_leaves_nothing(arguments, message, tmp_path, monkeypatch, capsys):
