@@ -114,6 +114,10 @@ class DelayEstimate:
         count = len(self._delays)
         return (1 + 1 / count) * float(np.quantile(list(self._delays), _DELAY_QUANTILE, method="lower"))
 
+    def typical_s(self) -> float:
+        """Return the median of the last delays, s; 0 before the first."""
+        return float(np.median(self._delays)) if self._delays else 0.0
+
 
 @dataclass(frozen=True)
 class HandOver:
@@ -297,14 +301,15 @@ class ChunkPlan:
     def _pace_s(self, dt_s: float) -> float:
         """Return the time between two targets: ``dt_s``, or more where chunks are too short for the delay.
 
-        While the arms move, a chunk of K actions has to last for two delays, its own and that of the
-        next answer, for the action that was under way at its observation, and for one in which the path
-        bends over; or the arms would run into its end. Slower in time beats stopping again and again.
+        While the arms move, a chunk of K actions has to last for its own delay and that of the next
+        answer, for what was left of the action under way at its observation, half of one in the mean,
+        and for one in which the path bends over; or the arms would run into its end. One of the two
+        delays may be long, both seldom are. Slower in time beats stopping again and again.
         """
         if not self.execution.mode.moves_while_asking:
             return dt_s
-        lasting = max(self._length - 2, 1)
-        return float(np.clip(2 * self._delays.seconds() / lasting, dt_s, _SLOWEST * dt_s))
+        delays_s = self._delays.seconds() + self._delays.typical_s()
+        return float(np.clip(delays_s / max(self._length - 1.5, 0.5), dt_s, _SLOWEST * dt_s))
 
     def _splice(self, now_ns: int) -> int:
         """Return the index from which on the arms' targets are replaced."""

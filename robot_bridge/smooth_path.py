@@ -11,6 +11,7 @@ bounds that it is given.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +22,6 @@ Vector = NDArray[np.float64]
 _STEEPEST = (
     2.0  # times the lower of the two slopes at a target: with this b1 and b2 lie between the targets
 )
-_BINOMIAL = np.array([1.0, 5.0, 10.0, 10.0, 5.0, 1.0])
-_POWER = np.arange(6)
 
 
 class Motion(NamedTuple):
@@ -64,35 +63,37 @@ class SmoothPath:
 
     def position(self, t_s: float) -> Vector:
         """Return (D,) where to be at ``t_s``; before the path its begin, after it its last target."""
-        return self.motion(t_s).position if self._moves(t_s) else self._rest(t_s)
+        if not self._moves(t_s):
+            return self._rest(t_s)
+        bezier, u, _ = self._piece(t_s)
+        return _weights(u, 5) @ bezier
 
     def motion(self, t_s: float) -> Motion:
         """Return the motion at ``t_s``; at rest before and after the path."""
         if not self._moves(t_s):
             still = np.zeros(self._points.shape[1])
             return Motion(self._rest(t_s), still, still)
+        bezier, u, span_s = self._piece(t_s)
+        first = 5 * np.diff(bezier, axis=0) / span_s
+        second = 4 * np.diff(first, axis=0) / span_s
+        return Motion(_weights(u, 5) @ bezier, _weights(u, 4) @ first, _weights(u, 3) @ second)
+
+    def _piece(self, t_s: float) -> tuple[Vector, float, float]:
+        """Return the (6, D) Bezier points at ``t_s``, the part of their span that is over, and that, s."""
         piece = int(np.searchsorted(self._times, t_s, side="right")) - 1
-        span_s = self._times[piece + 1] - self._times[piece]
-        u = (t_s - self._times[piece]) / span_s
-        b = self._pieces[piece]
-        first = 5 * np.diff(b, axis=0)
-        second = 4 * np.diff(first, axis=0)
-        weights = _BINOMIAL * u**_POWER * (1 - u) ** (5 - _POWER)
-        return Motion(
-            weights @ b,
-            np.array(
-                [(1 - u) ** 4, 4 * u * (1 - u) ** 3, 6 * u**2 * (1 - u) ** 2, 4 * u**3 * (1 - u), u**4]
-            )
-            @ first
-            / span_s,
-            np.array([(1 - u) ** 3, 3 * u * (1 - u) ** 2, 3 * u**2 * (1 - u), u**3]) @ second / span_s**2,
-        )
+        span_s = float(self._times[piece + 1] - self._times[piece])
+        return self._pieces[piece], (t_s - float(self._times[piece])) / span_s, span_s
 
     def _moves(self, t_s: float) -> bool:
         return bool(self._times[0] <= t_s < self._times[-1])
 
     def _rest(self, t_s: float) -> Vector:
         return self._points[0 if t_s < self._times[0] else -1].copy()
+
+
+def _weights(u: float, degree: int) -> Vector:
+    """Return (degree + 1,) the Bernstein polynomials at ``u``."""
+    return np.array([math.comb(degree, i) * u**i * (1 - u) ** (degree - i) for i in range(degree + 1)])
 
 
 def _pieces(

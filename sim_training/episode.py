@@ -31,10 +31,11 @@ def play(
 ) -> Played:
     """Play (K, D) absolute targets, one every ``dt_s``, and stop at the first moment of success.
 
-    What is wanted moves in a straight line from the last setpoint to each target, as the arm node
-    interpolates, and the setpoint follows within the embodiment's velocity and acceleration limits, as
-    the limits before the bus have it. After the last target the arms come to rest, as they do while
-    the real stack looks and asks again. Success is tested at every physics step, as in RoboTwin.
+    What is wanted moves in a straight line from the last setpoint to each target (the arm node passes
+    through the same targets on a smoother path), and the setpoint follows within the embodiment's
+    velocity and acceleration limits, as the limits before the bus have it. After the last target the
+    arms come to rest, as they do while the real stack looks and asks again. Success is tested at every
+    physics step, as in RoboTwin.
 
     Args:
         world: where.
