@@ -114,8 +114,8 @@ def _examples() -> list[bytes]:
     import numpy as np
 
     from benchmarks.server_overhead import small_robot
-    from policy_server import protocol
-    from policy_server.local_link import _pack  # the same bytes as on the socket
+    from policy_server import messages, protocol
+    from policy_server.datagram import split  # the same bytes as on the socket
     from simplevla.observation import Observation
 
     embodiment = small_robot()
@@ -127,16 +127,16 @@ def _examples() -> list[bytes]:
         committed=np.zeros((2, embodiment.dimension), np.float32),
     )
     cameras = list(observation.images)
-    messages: list[Sequence[protocol.Part]] = [
-        protocol.encode(protocol.Hello(request=1, embodiment=embodiment)),
-        protocol.encode(protocol.Health(request=2)),
-        protocol.encode_observation(3, observation, cameras),
-        protocol.encode_observation(4, observation, cameras, deadline_ns=1),
-        protocol.encode_observation(5, observation, cameras, jpeg_quality=50),
+    sound: list[Sequence[protocol.Part]] = [
+        messages.encode(protocol.Hello(request=1, embodiment=embodiment)),
+        messages.encode(protocol.Health(request=2)),
+        messages.encode_observation(3, observation, cameras),
+        messages.encode_observation(4, observation, cameras, deadline_ns=1),
+        messages.encode_observation(5, observation, cameras, jpeg_quality=50),
     ]
     found = []
-    for parts in messages:
-        found.append(b"\x00" + b"".join(bytes(piece) for piece in _pack(parts, -1, None)))
+    for parts in sound:
+        found.append(b"\x00" + b"".join(bytes(piece) for piece in split(parts, -1)[0]))
         cut = b"".join(len(part).to_bytes(2, "little") + bytes(part) for part in parts)
         found.append(b"\x01" + cut)
     found += [b"\x02" + bytes(range(60)), b"\x02" + bytes(200)]
@@ -150,8 +150,8 @@ def _fuzz(arguments: list[str]) -> None:
     with atheris.instrument_imports(include=["policy_server", "simplevla"]):
         import policy_server.server  # noqa: F401
     from benchmarks.server_overhead import instant_policy, small_robot
+    from policy_server.datagram import unpack
     from policy_server.door import Received
-    from policy_server.local_link import _unpack
     from policy_server.protocol import MessageError
     from policy_server.server import PolicyServer
 
@@ -169,7 +169,7 @@ def _fuzz(arguments: list[str]) -> None:
             parts = _made_up(atheris.FuzzedDataProvider(rest))
         else:
             try:
-                parts = _unpack(rest, slots)
+                parts = unpack(rest, slots)
             except MessageError as refused:
                 error = refused
         server.take(Received(peer, parts, time.perf_counter(), error))
@@ -197,14 +197,15 @@ class _Peer:
     """Notes of each answer whether it was one, rather than a refusal."""
 
     is_near = True
+    may_seal = False
 
     def __init__(self) -> None:
         self.heard: list[bool] = []
 
     def send(self, parts: Sequence[Any]) -> None:
-        from policy_server import protocol
+        from policy_server import messages, protocol
 
-        self.heard.append(not isinstance(protocol.decode(parts).header, protocol.Error))
+        self.heard.append(not isinstance(messages.decode(parts).header, protocol.Error))
 
 
 def _cut(data: bytes) -> list[bytes]:
@@ -238,7 +239,7 @@ def _made_up(given: Any) -> list[bytes]:
         inner = [value(depth + 1) for _ in range(given.ConsumeIntInRange(0, 4))]
         return inner if kind == len(plain) else {str(index): each for index, each in enumerate(inner)}
 
-    header = {"type": "act", "schema": 2, "request": 7, "instruction": "go", "capture_ns": 1}
+    header = {"type": "act", "schema": 3, "request": 7, "instruction": "go", "capture_ns": 1}
     keys = [*header, "arrays", "episode", "last_action", "deadline_ns", "embodiment", "odd"]
     for _ in range(given.ConsumeIntInRange(0, 5)):
         header[given.PickValueInList(keys)] = value()

@@ -1,10 +1,12 @@
 """What asking costs: a request with three images there, a chunk of 25 actions back, and nothing computed.
 
 Side by side, each in a process of its own, a few requests in a row in every round, in changing order: this
-project's server through shared memory, TCP and TCP with CURVE keys; openpi's client (openpi-client from
-PyPI) with a server of its websocket protocol; plain ZMQ REQ/REP; and copying the images once, which no
-transport can be quicker than. Compare the ratios: the milliseconds are those of this machine, now. With
---burst 1 every request finds the caches as the others left them, which hurts the quickest most.
+project's server through shared memory, TCP, and TCP with keys, sealed or through CURVE alone; openpi's
+client (openpi-client from PyPI) with a server of its websocket protocol; plain ZMQ REQ/REP; and copying the
+images once, which no transport can be quicker than. Compare the ratios: the milliseconds are those of this
+machine, now. With --burst 1 every request finds the caches as the others left them, which hurts the
+quickest most. Ours look for a moment before they sleep while answers come that quickly; --spin-us 0 shows
+what that brings.
 
     python -m benchmarks.server_overhead
 """
@@ -34,6 +36,7 @@ from policy_server.client import ClientKeys, PolicyClient
 from policy_server.keys import ServerKeys, allow_client, make_keys
 from policy_server.served_policy import ServedPolicy
 from policy_server.server import PolicyServer, ServerOptions
+from policy_server.waiting import SPIN_S
 from simplevla.action_chunk import ActionChunk
 from simplevla.bundle import CodecEntry, Manifest, Provenance
 from simplevla.cli import whole_number
@@ -45,7 +48,8 @@ SIZES = ((224, 224), (480, 640))
 _CHUNK = 25
 _WARM_UP_ROUNDS = 5
 _START_S = 60.0
-_SHARED, _TCP, _CURVE = "ours, shared memory", "ours, TCP", "ours, TCP with CURVE"
+_SHARED, _TCP = "ours, shared memory", "ours, TCP"
+_KEYS, _CURVE = "ours, TCP with CURVE keys", "ours, the same with --curve-only"
 _OPENPI, _PLAIN, _COPY = "openpi websocket", "plain ZMQ REQ/REP", "copying the images"
 
 
@@ -68,6 +72,10 @@ def main() -> int:
     parser.add_argument(
         "--burst", type=whole_number(1, 1000), default=10, help="requests in a row of each (default: 10)"
     )
+    parser.add_argument(
+        "--spin-us", type=whole_number(0, 100_000), default=round(1e6 * SPIN_S),
+        help="how long both our sides look before they sleep (default: theirs, %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=whole_number(0, 2**31 - 1), default=0, help="of images and order")
     args = parser.parse_args()
     print(
@@ -76,7 +84,14 @@ def main() -> int:
     )
     for height, width in SIZES:
         try:
-            times_ms, cpu_ms = measure(height, width, rounds=args.rounds, burst=args.burst, seed=args.seed)
+            times_ms, cpu_ms = measure(
+                height,
+                width,
+                rounds=args.rounds,
+                burst=args.burst,
+                seed=args.seed,
+                spin_s=1e-6 * args.spin_us,
+            )
         except SimplevlaError as error:
             print(f"server_overhead: {error}", file=sys.stderr)
             return 2
@@ -85,7 +100,7 @@ def main() -> int:
 
 
 def measure(
-    height: int, width: int, *, rounds: int, burst: int, seed: int
+    height: int, width: int, *, rounds: int, burst: int, seed: int, spin_s: float = SPIN_S
 ) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]]:
     """Return {way: (requests,) ms for one answer} and {way: (rounds,) ms of CPU of one, both sides}."""
     rng = np.random.default_rng(seed)
@@ -97,7 +112,7 @@ def measure(
         capture_ns=1,
     )
     with ExitStack() as stack:
-        asks = _asks(stack, embodiment)
+        asks = _asks(stack, embodiment, spin_s)
         names = list(asks)
         times: dict[str, list[float]] = {name: [] for name in names}
         spent: dict[str, list[float]] = {name: [] for name in names}
@@ -192,25 +207,35 @@ class _InstantSession:
         return state
 
 
-def _asks(stack: ExitStack, embodiment: Embodiment) -> dict[str, Ask]:
+def _asks(stack: ExitStack, embodiment: Embodiment, spin_s: float) -> dict[str, Ask]:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     make_keys(folder, "server")
     allow_client(folder, make_keys(folder, "robot"))
-    plain_address, plain_process = stack.enter_context(_process(_serve_ours, embodiment, None))
-    curve_address, curve_process = stack.enter_context(_process(_serve_ours, embodiment, folder))
-    shared = stack.enter_context(PolicyClient(plain_address, embodiment=embodiment, timeout_s=30))
+    keys = ClientKeys.load(folder, "robot")
+    plain_address, plain_process = stack.enter_context(_process(_serve_ours, embodiment, None, spin_s))
+    keyed_address, keyed_process = stack.enter_context(_process(_serve_ours, embodiment, folder, spin_s))
+
+    def client(address: str, keys: ClientKeys | None, *, local: bool, sealed: bool = True) -> PolicyClient:
+        return stack.enter_context(
+            PolicyClient(
+                address,
+                embodiment=embodiment,
+                timeout_s=30,
+                keys=keys,
+                local=local,
+                sealed=sealed,
+                spin_s=spin_s,
+            )
+        )
+
+    shared = client(plain_address, None, local=True)
     if shared.transport != "shared memory":
         raise SimplevlaError("there is no shared memory on this system", "run it on Linux")
-    tcp = stack.enter_context(PolicyClient(plain_address, embodiment=embodiment, timeout_s=30, local=False))
-    curve = stack.enter_context(
-        PolicyClient(
-            curve_address,
-            embodiment=embodiment,
-            timeout_s=30,
-            keys=ClientKeys.load(folder, "robot"),
-            local=False,
-        )
-    )
+    tcp = client(plain_address, None, local=False)
+    sealed = client(keyed_address, keys, local=False)
+    if sealed.transport != "network, sealed":
+        raise MissingExtraError("cryptography", "robot")
+    curve = client(keyed_address, keys, local=False, sealed=False)
     openpi_port, openpi_process = stack.enter_context(_process(_serve_openpi))
     zmq_port, zmq_process = stack.enter_context(_process(_serve_plain_zmq))
     place = {c.name: np.empty((c.height, c.width, 3), np.uint8) for c in embodiment.cameras}
@@ -222,15 +247,16 @@ def _asks(stack: ExitStack, embodiment: Embodiment) -> dict[str, Ask]:
     return {
         _SHARED: Ask(shared.act, plain_process),
         _TCP: Ask(tcp.act, plain_process),
-        _CURVE: Ask(curve.act, curve_process),
+        _KEYS: Ask(sealed.act, keyed_process),
+        _CURVE: Ask(curve.act, keyed_process),
         _OPENPI: Ask(_openpi_ask(openpi_port), openpi_process),
         _PLAIN: Ask(_plain_zmq_ask(stack, zmq_port), zmq_process),
         _COPY: Ask(copy, 0),
     }
 
 
-def _serve_ours(said: Connection, embodiment: Embodiment, keys: Path | None) -> None:
-    options = ServerOptions(keys=ServerKeys.load(keys) if keys else None)
+def _serve_ours(said: Connection, embodiment: Embodiment, keys: Path | None, spin_s: float) -> None:
+    options = ServerOptions(keys=ServerKeys.load(keys) if keys else None, spin_s=spin_s)
     with PolicyServer(instant_policy(embodiment), "tcp://127.0.0.1:*", options) as server:
         said.send(server.address)
         server.serve()

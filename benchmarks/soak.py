@@ -33,8 +33,9 @@ import numpy as np
 import zmq
 
 from benchmarks.server_overhead import instant_policy, small_robot
-from policy_server import protocol
+from policy_server import messages, protocol
 from policy_server.client import PolicyClient, RemoteError
+from policy_server.datagram import MAGIC
 from policy_server.local_link import GoneError, LocalLink
 from policy_server.server import PolicyServer
 from simplevla.cli import whole_number
@@ -251,12 +252,12 @@ class _Client:
     def ask_much(self) -> None:
         """Send several requests before the first answer: of each there must be exactly one."""
         with _socket(self.address) as raw:
-            raw.send_multipart(protocol.encode(protocol.Hello(request=1, embodiment=self.embodiment)))
+            raw.send_multipart(messages.encode(protocol.Hello(request=1, embodiment=self.embodiment)))
             waiting = {1: None}
             for request in range(2, self.rng.randint(3, 12)):
                 observation = waiting[request] = self.observation()
                 raw.send_multipart(
-                    protocol.encode_observation(request, observation, list(observation.images))
+                    messages.encode_observation(request, observation, list(observation.images))
                 )
                 self.count("asked")
             give_up_s = time.monotonic() + _TIMEOUT_S
@@ -264,7 +265,7 @@ class _Client:
             while (set(waiting) - heard and time.monotonic() < give_up_s) or raw.poll(20):
                 if not raw.poll(1000):
                     continue
-                message = protocol.decode(raw.recv_multipart())
+                message = messages.decode(raw.recv_multipart())
                 request = message.header.request
                 if request in heard:
                     self.count("twice")
@@ -276,13 +277,13 @@ class _Client:
     def ask_too_late(self) -> None:
         """Ask for an answer by a time that has passed: it must be refused."""
         with _socket(self.address) as raw:
-            raw.send_multipart(protocol.encode(protocol.Hello(request=1, embodiment=self.embodiment)))
+            raw.send_multipart(messages.encode(protocol.Hello(request=1, embodiment=self.embodiment)))
             observation = self.observation()
             raw.send_multipart(
-                protocol.encode_observation(2, observation, list(observation.images), deadline_ns=1)
+                messages.encode_observation(2, observation, list(observation.images), deadline_ns=1)
             )
             self.count("asked")
-            heard = [protocol.decode(raw.recv_multipart()) for _ in range(2) if raw.poll(1000 * _TIMEOUT_S)]
+            heard = [messages.decode(raw.recv_multipart()) for _ in range(2) if raw.poll(1000 * _TIMEOUT_S)]
             if len(heard) < 2:
                 self.count("unanswered")
             else:
@@ -292,7 +293,7 @@ class _Client:
     def talk_nonsense(self) -> None:
         """Send what is no message, too much of one, or one that lies about itself."""
         observation = self.observation()
-        good = [bytes(p) for p in protocol.encode_observation(3, observation, list(observation.images))]
+        good = [bytes(p) for p in messages.encode_observation(3, observation, list(observation.images))]
         noise = self.rng.randbytes(self.rng.randint(0, 4000))
         flipped = bytearray(good[0])
         flipped[self.rng.randrange(len(flipped))] ^= 1 << self.rng.randrange(8)
@@ -305,7 +306,7 @@ class _Client:
                 [good[0], *[b"x"] * 100],
                 [good[0], bytes(self.rng.choice([100, 70_000, 900_000])), *good[2:]],
                 [bytes(2 << 20)],  # larger than the socket takes: it hangs up
-                [msgspec.msgpack.encode({"type": "act", "schema": 2, "request": 1, "arrays": [[[]]] * 9})],
+                [msgspec.msgpack.encode({"type": "act", "schema": 3, "request": 1, "arrays": [[[]]] * 9})],
             ):
                 raw.send_multipart(parts)
                 self.count("nonsense")
@@ -328,21 +329,21 @@ class _Client:
             link = LocalLink(offer, _TIMEOUT_S)
             try:
                 for _ in range(self.rng.randint(1, 20)):
-                    datagram = b"SVL2" + self.rng.randbytes(self.rng.randint(0, 60))
+                    datagram = MAGIC + self.rng.randbytes(self.rng.randint(0, 60))
                     socket.socket(fileno=os.dup(link.fileno())).send(datagram)
                     self.count("nonsense")
                     link.receive(0.001)
             finally:
                 link.close()
 
-    def _judge(self, message: protocol.Message, asked: Observation | None) -> None:
+    def _judge(self, message: messages.Message, asked: Observation | None) -> None:
         if asked is None:
             return
         if isinstance(message.header, protocol.Error):
             known = message.header.code in ("superseded", "too_late")
             self.count("refused" if known else "wrong")
         else:
-            chunk = protocol.decode_chunk(message)
+            chunk = messages.decode_chunk(message)
             right = chunk.capture_ns == asked.capture_ns and (chunk.actions == asked.state).all()
             self.count("answered" if right else "wrong")
 

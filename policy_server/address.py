@@ -34,6 +34,11 @@ def require_local(address: str, *, allow_remote: bool, encrypted: bool = False) 
     )
 
 
+def host_of(address: str) -> str:
+    """Return the host in ``tcp://host:port``."""
+    return address.partition("://")[2].rpartition(":")[0].strip("[]")
+
+
 def is_on_this_machine(address: str) -> bool:
     """Return whether the address is one that only this machine can reach."""
     scheme, _, place = address.partition("://")

@@ -6,11 +6,10 @@ Of those the server answers the newest, and refuses the ones that waited before 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from types import TracebackType
 
-from policy_server import protocol
+from policy_server import messages, protocol
 from policy_server.conversation import (
     Conversation,
     PolicyChangedError,
@@ -21,14 +20,12 @@ from policy_server.conversation import (
     no_answer,
 )
 from policy_server.keys import ClientKeys
-from policy_server.local_link import SLOTS, GoneError, LocalLink
+from policy_server.links import Link, Way
+from policy_server.local_link import SLOTS, GoneError
 from policy_server.protocol import DEFAULT_ADDRESS, MessageError, Part
-from policy_server.remote_link import Link, RemoteLink
 from simplevla.embodiment import Embodiment
 from simplevla.errors import SimplevlaError, UnavailableError
 from simplevla.observation import Observation
-
-_log = logging.getLogger(__name__)
 
 
 class AsyncPolicyClient:
@@ -48,13 +45,13 @@ class AsyncPolicyClient:
         """Prepare to connect; see :class:`policy_server.client.PolicyClient` for the arguments."""
         self._address = address
         self._timeout_s = timeout_s
-        self._keys = keys
-        self._local = local and jpeg_quality is None
+        # Who seals waits for the network, and a loop must not: ZMQ's thread encrypts and sends instead.
+        self._way = Way(address, keys, local and jpeg_quality is None, sealed=False, spin_s=0.0)
         self._follow = follow
         self._talk = Conversation(embodiment, address, jpeg_quality)
         self._link: Link | None = None
         self._watched = -1
-        self._open_requests: dict[int, tuple[asyncio.Future[protocol.Message], int]] = {}
+        self._open_requests: dict[int, tuple[asyncio.Future[messages.Message], int]] = {}
         self._opening = asyncio.Lock()
         self._places = asyncio.Semaphore(SLOTS)
 
@@ -112,7 +109,7 @@ class AsyncPolicyClient:
             UnavailableError: no answer within the timeout.
         """
         if self._link is None:
-            self._watch(RemoteLink(self._address, self._keys))
+            self._watch(self._way.begin())
         return self._talk.status(await self._ask(self._talk.health()))
 
     def close(self) -> None:
@@ -130,34 +127,30 @@ class AsyncPolicyClient:
             if self._link is not None and self._talk.is_acquainted:
                 return  # another task has done it meanwhile
             if self._link is None:
-                self._watch(RemoteLink(self._address, self._keys))
+                self._watch(self._way.begin())
             asked_s = time.monotonic()
             message = await self._ask(self._talk.hello())
-            offer = self._talk.offer(message)
-            if offer is not None and self._local:
-                try:
-                    link = await asyncio.to_thread(LocalLink, offer, self._timeout_s)
-                except UnavailableError as error:
-                    _log.info("images go over the network: %s", error.message)
-                else:
-                    self._lose(UnavailableError("the connection changed", "ask again"))
-                    self._watch(link)
-                    asked_s = time.monotonic()
-                    message = await self._ask(self._talk.hello())
+            welcome = self._talk.heard_welcome(message)
+            link = await asyncio.to_thread(self._way.quicker, welcome, self._timeout_s)
+            if link is not None:
+                self._lose(UnavailableError("the connection changed", "ask again"))
+                self._watch(link)
+                asked_s = time.monotonic()
+                message = await self._ask(self._talk.hello())
             self._take_welcome(message, asked_s)
 
     async def _hello(self) -> None:
         asked_s = time.monotonic()
         self._take_welcome(await self._ask(self._talk.hello()), asked_s)
 
-    def _take_welcome(self, message: protocol.Message, asked_s: float) -> None:
+    def _take_welcome(self, message: messages.Message, asked_s: float) -> None:
         try:
             self._talk.welcomed(message, asked_s)
         except PolicyChangedError:
             if not self._follow:
                 raise
 
-    async def _ask(self, said: tuple[int, list[Part]]) -> protocol.Message:
+    async def _ask(self, said: tuple[int, list[Part]]) -> messages.Message:
         """Send one request and return its answer."""
         request, parts = said
         link = self._link
@@ -169,7 +162,7 @@ class AsyncPolicyClient:
         except GoneError as error:
             self._lose(error)
             raise
-        future: asyncio.Future[protocol.Message] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[messages.Message] = asyncio.get_running_loop().create_future()
         self._open_requests[request] = future, slot
         self._read()  # ZMQ tells of news only once, and sending may have swallowed it
         # If this is cancelled, the slot comes back with the answer that nobody awaits any more.
@@ -192,7 +185,7 @@ class AsyncPolicyClient:
                 heard = self._link.receive(0.0)
                 if heard is None:
                     return
-                message = protocol.decode(heard)
+                message = messages.decode(heard)
             except (MessageError, UnavailableError) as error:
                 self._lose(error)
                 return

@@ -10,7 +10,8 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from policy_server.backends import BACKENDS, PRECISIONS
+from policy_server.backends import AUTO, BACKENDS, PRECISIONS
+from policy_server.waiting import SPIN_S
 from simplevla.cli import Command, whole_number
 
 if TYPE_CHECKING:
@@ -46,9 +47,10 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help=_BUNDLE_HELP)
     parser.add_argument(
         "--backend",
-        default="onnxruntime",
-        choices=BACKENDS,
-        help="what computes the network (default: onnxruntime, which needs a compiled engine)",
+        default=AUTO,
+        choices=(AUTO, *BACKENDS),
+        help="what computes the network; all but torch need a compiled engine (default: auto, the quicker "
+        "of onnxruntime and openvino for this network on this machine, as far as they are compiled)",
     )
     parser.add_argument(
         "--precision",
@@ -80,6 +82,20 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         help="let clients of this machine send images through the socket too",
     )
     parser.add_argument(
+        "--curve-only",
+        action="store_true",
+        help="let clients with keys send images through CURVE too, which is slower, instead of through the "
+        "next port, sealed with AES",
+    )
+    parser.add_argument(
+        "--wait-spin-us",
+        type=whole_number(0, 100_000),
+        default=round(1e6 * SPIN_S),
+        metavar="US",
+        help="longest time to look for the next message before going to sleep, only while messages come "
+        "that quickly; 0 for never (default: %(default)s)",
+    )
+    parser.add_argument(
         "--batch-wait-ms",
         type=whole_number(0, 1000),
         default=2,
@@ -109,7 +125,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         help="keep waiting threads awake: lower latency, and a busy core for each",
     )
     parser.add_argument(
-        "--compile", action="store_true", help="build the engine first if this machine has none yet"
+        "--compile",
+        action="store_true",
+        help="build the engine first if this machine has none yet; with auto, one for each back end",
     )
 
 
@@ -125,12 +143,15 @@ def _serve(args: argparse.Namespace) -> int:
         allow_remote=args.allow_remote,
         keys=None if args.keys is None else ServerKeys.load(args.keys),
         local=not args.no_shared_memory,
+        sealed=not args.curve_only,
+        spin_s=1e-6 * args.wait_spin_us,
         batch_wait_s=1e-3 * args.batch_wait_ms,
         metrics=metrics,
     )
     bundle = load_bundle(args.bundle.resolve())  # a link may move on while it is read
     with contextlib.ExitStack() as resources:
-        server = resources.enter_context(PolicyServer(_open_policy(bundle, args), args.address, options))
+        policy = _open_policy(bundle, args)
+        server = resources.enter_context(PolicyServer(policy, args.address, options))
         swap = HotSwap(
             server,
             args.bundle,
@@ -150,7 +171,7 @@ def _serve(args: argparse.Namespace) -> int:
             endpoint = resources.enter_context(OpenpiEndpoint(server, args.openpi_port))
             _log.info("openpi's clients are answered at ws://127.0.0.1:%d", endpoint.port)
         who = f"{bundle.manifest.name} {bundle.id[:12]}"
-        print(f"ready: {who} on {server.address} ({args.backend})", flush=True)
+        print(f"ready: {who} on {server.address} ({policy.session.info.backend})", flush=True)
         server.serve()
     return 0
 
@@ -161,10 +182,15 @@ def _open_policy(bundle: Bundle, args: argparse.Namespace) -> ServedPolicy:
     from policy_server.served_policy import ServedPolicy
 
     if args.compile and args.backend != "torch":
-        from policy_server.compiler import compile_bundle
+        from policy_server.compiler import compile_for
 
-        _log.info("%s", compile_bundle(bundle, args.backend, args.precision).record.parity)
+        for engine in compile_for(bundle, args.backend, args.precision):
+            _log.info("%s: %s", engine.record.backend, engine.record.parity)
     options = SessionOptions(threads=args.threads, spin=args.spin)
+    if args.backend == AUTO:
+        from policy_server.quickest import open_quickest
+
+        return ServedPolicy.of(bundle, open_quickest(bundle, options, precision=args.precision))
     session = open_session(bundle, args.backend, options, precision=args.precision)
     return ServedPolicy.of(bundle, session)
 

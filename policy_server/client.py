@@ -9,7 +9,7 @@ import logging
 import time
 from types import TracebackType
 
-from policy_server import protocol
+from policy_server import messages, protocol
 from policy_server.conversation import (
     Conversation,
     PolicyChangedError,
@@ -20,9 +20,10 @@ from policy_server.conversation import (
     no_answer,
 )
 from policy_server.keys import ClientKeys, keys_for
-from policy_server.local_link import GoneError, LocalLink
-from policy_server.protocol import DEFAULT_ADDRESS, LocalOffer, MessageError, Part
-from policy_server.remote_link import Link, RemoteLink
+from policy_server.links import Link, Way
+from policy_server.local_link import GoneError
+from policy_server.protocol import DEFAULT_ADDRESS, LocalOffer, MessageError, Part, Welcome
+from policy_server.waiting import SPIN_S
 from simplevla.embodiment import Embodiment
 from simplevla.errors import UnavailableError
 from simplevla.observation import Observation
@@ -57,7 +58,9 @@ class PolicyClient:
         keys: ClientKeys | None = None,
         jpeg_quality: int | None = None,
         local: bool = True,
+        sealed: bool = True,
         follow: bool = False,
+        spin_s: float = SPIN_S,
     ) -> None:
         """Prepare to connect; nothing is opened yet.
 
@@ -69,17 +72,20 @@ class PolicyClient:
             keys: encrypt, and speak to the one server that they name.
             jpeg_quality: send images as JPEG of this quality (1 to 100), for thin links; it loses a little.
             local: use shared memory if the server is on this machine.
+            sealed: with keys, send images through a connection sealed with AES (see
+                :mod:`policy_server.sealed_link`) rather than through CURVE, which is slower.
             follow: take the answer of another policy than before, instead of raising PolicyChangedError.
+            spin_s: longest time that is spent looking for an answer before going to sleep, s; only where
+                the last answer came that quickly. 0 for never.
         """
         self._address = address
         self._timeout_s = timeout_s
         self._wait_s = wait_s
-        self._keys = keys
-        self._local = local and jpeg_quality is None
+        self._way = Way(address, keys, local and jpeg_quality is None, sealed, spin_s)
         self._follow = follow
         self._talk = Conversation(embodiment, address, jpeg_quality)
         self._link: Link | None = None
-        self._offer: LocalOffer | None = None
+        self._welcome: Welcome | None = None
 
     def __enter__(self) -> PolicyClient:
         try:
@@ -106,14 +112,12 @@ class PolicyClient:
     @property
     def offer(self) -> LocalOffer | None:
         """The way through shared memory that the server offered at the last hello."""
-        return self._offer
+        return None if self._welcome is None else self._welcome.local
 
     @property
     def transport(self) -> str:
-        """``shared memory``, ``network`` or, before the first word, ``none``."""
-        if self._link is None:
-            return "none"
-        return "shared memory" if isinstance(self._link, LocalLink) else "network"
+        """``shared memory``, ``network``, ``network, sealed`` or, before the first word, ``none``."""
+        return "none" if self._link is None else self._link.transport
 
     def connect(self, wait_s: float = 0.0) -> ServerInfo:
         """Say hello, anew, and return what the server serves.
@@ -171,7 +175,7 @@ class PolicyClient:
         """
         give_up_s = time.monotonic() + self._timeout_s
         if self._link is None:
-            self._link = RemoteLink(self._address, self._keys)
+            self._link = self._way.begin()
         return self._talk.status(self._ask(self._link, self._talk.health(), give_up_s))
 
     def close(self) -> None:
@@ -188,25 +192,22 @@ class PolicyClient:
         return self._talk.reply(message, observation, start_s)
 
     def _open(self, give_up_s: float) -> None:
-        """Connect over the network, and go over to shared memory if the server offers it."""
+        """Connect over the network, and go over to the quickest way that the server offers."""
         if self._link is None:
-            self._link = RemoteLink(self._address, self._keys)
+            self._link = self._way.begin()
         try:
             self._hello(give_up_s)
         except PolicyChangedError:
             self.close()  # the next call begins anew, and takes the quicker way
             raise
-        if self._offer is None or not self._local:
-            return
-        try:
-            link = LocalLink(self._offer, max(0.01, give_up_s - time.monotonic()))
-        except UnavailableError as error:
-            _log.info("images go over the network: %s", error.message)
+        assert self._welcome is not None
+        link = self._way.quicker(self._welcome, max(0.01, give_up_s - time.monotonic()))
+        if link is None:
             return
         self._link.close()
         self._link = link
         self._hello(give_up_s)
-        _log.debug("images go through shared memory")
+        _log.debug("messages go through: %s", link.transport)
 
     def _hello(self, give_up_s: float) -> None:
         assert self._link is not None
@@ -217,9 +218,9 @@ class PolicyClient:
         except PolicyChangedError:
             if not self._follow:
                 raise
-        self._offer = self._talk.offer(message)
+        self._welcome = self._talk.heard_welcome(message)
 
-    def _ask(self, link: Link, said: tuple[int, list[Part]], give_up_s: float) -> protocol.Message:
+    def _ask(self, link: Link, said: tuple[int, list[Part]], give_up_s: float) -> messages.Message:
         """Send one request and return its answer; answers to older requests are thrown away."""
         request, parts = said
         start_s = time.monotonic()
@@ -229,7 +230,7 @@ class PolicyClient:
                 heard = link.receive(left_s)
                 if heard is None:
                     break
-                message = protocol.decode(heard)
+                message = messages.decode(heard)
                 if message.header.request == request:
                     link.release(slot)
                     return accepted(message)

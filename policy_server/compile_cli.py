@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from policy_server.backends import COMPILED_BACKENDS, DEFAULT_BACKEND, PRECISIONS
+from policy_server.backends import AUTO, COMPILED_BACKENDS, PRECISIONS
 from simplevla.cli import Command, whole_number
 
 if TYPE_CHECKING:
@@ -43,9 +43,10 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--backend",
-        default=DEFAULT_BACKEND,
-        choices=COMPILED_BACKENDS,
-        help=f"what the engine is for (default: {DEFAULT_BACKEND})",
+        default=AUTO,
+        choices=(AUTO, *COMPILED_BACKENDS),
+        help="what the engine is for (default: auto, an engine for onnxruntime and one for openvino, as "
+        "far as they are installed; simplevla serve takes the quicker one)",
     )
     parser.add_argument(
         "--precision",
@@ -85,7 +86,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _compile(args: argparse.Namespace) -> int:
-    from policy_server.compiler import compile_bundle
+    from policy_server.compiler import compile_for
     from policy_server.observations import load_observations, plausible_observations
     from simplevla.bundle import load_bundle
 
@@ -95,7 +96,7 @@ def _compile(args: argparse.Namespace) -> int:
         observations, source = load_observations(args.observations, bundle.manifest), args.observations.name
     elif args.count is not None or args.seed is not None:
         observations = plausible_observations(bundle.manifest, count=args.count or 32, seed=args.seed or 0)
-    engine = compile_bundle(
+    for engine in compile_for(
         bundle,
         args.backend,
         args.precision,
@@ -103,14 +104,12 @@ def _compile(args: argparse.Namespace) -> int:
         source=source,
         limits=_limits(args),
         force=args.force,
-    )
-    print(f"engine: {engine.path}")
-    if engine.record.parity is None:
-        print(
-            "built ahead of time; nothing here can run it: run the same command on the machine that serves"
-        )
-    else:
-        print(f"parity with torch: {engine.record.parity}")
+    ):
+        print(f"engine: {engine.path}")
+        if engine.record.parity is None:
+            print("built ahead of time; nothing here can run it: run this on the machine that serves")
+        else:
+            print(f"{engine.record.backend}, parity with torch: {engine.record.parity}")
     return 0
 
 

@@ -10,11 +10,12 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 
-from policy_server.backends import backend_named
+from policy_server.backends import AUTO, CPU_BACKENDS, backend_named
 from policy_server.backends.base import Backend, EngineError, Session
 from policy_server.backends.compiled import CompiledSession, PromptConstants
 from policy_server.engines import (
@@ -37,7 +38,7 @@ from policy_server.observations import plausible_observations
 from policy_server.served_policy import ServedPolicy
 from simplevla.bundle import Bundle
 from simplevla.cli import require_choice
-from simplevla.errors import ObservationError
+from simplevla.errors import ObservationError, SimplevlaError
 from simplevla.files import whole_directory, write_atomic
 from simplevla.observation import Observation, check_observation
 from simplevla.policy.processor import PolicyProcessor
@@ -97,6 +98,35 @@ def compile_bundle(
         return _build(
             bundle, compiler, precision, folder, observations, ranges, source, limits, force=force
         )
+
+
+def compile_for(bundle: Bundle, backend: str, precision: str = "fp32", **settings: Any) -> Iterator[Engine]:
+    """Yield the engine of ``bundle`` for ``backend``; with ``auto`` one for each of CPU_BACKENDS.
+
+    Of those, what is not installed, does not compute in ``precision`` or disagrees with torch is left out
+    with a warning, unless none is left.
+
+    Args:
+        bundle, backend, precision: as for :func:`compile_bundle`.
+        settings: the rest of them.
+
+    Raises:
+        SimplevlaError: as :func:`compile_bundle`.
+    """
+    if backend != AUTO:
+        yield compile_bundle(bundle, backend, precision, **settings)
+        return
+    failed: list[SimplevlaError] = []
+    for name in CPU_BACKENDS:
+        try:
+            engine = compile_bundle(bundle, name, precision, **settings)
+        except SimplevlaError as error:
+            _log.warning("without %s: %s", name, error.message)
+            failed.append(error)
+        else:
+            yield engine
+    if len(failed) == len(CPU_BACKENDS):
+        raise failed[0]
 
 
 def measure_parity(

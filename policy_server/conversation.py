@@ -6,8 +6,8 @@ import itertools
 import time
 from dataclasses import dataclass
 
-from policy_server import protocol
-from policy_server.protocol import LocalOffer, MessageError, Part, ServerTiming
+from policy_server import messages, protocol
+from policy_server.protocol import MessageError, Part, ServerTiming
 from simplevla.action_chunk import ActionChunk, check_chunk
 from simplevla.embodiment import Embodiment
 from simplevla.errors import ChunkError, EmbodimentError, ObservationError, SimplevlaError, UnavailableError
@@ -93,6 +93,7 @@ class Conversation:
         self._requests = itertools.count(1)
         self._clock_ns = 0  # the server's monotonic clock less this machine's
         self._info: ServerInfo | None = None
+        self._cameras: tuple[str, ...] = ()
 
     @property
     def is_acquainted(self) -> bool:
@@ -113,12 +114,12 @@ class Conversation:
     def hello(self) -> tuple[int, list[Part]]:
         """Return a request number and the message that introduces this client."""
         request = next(self._requests)
-        return request, protocol.encode(protocol.Hello(request=request, embodiment=self._embodiment))
+        return request, messages.encode(protocol.Hello(request=request, embodiment=self._embodiment))
 
     def health(self) -> tuple[int, list[Part]]:
         """Return a request number and the message that asks how the server is."""
         request = next(self._requests)
-        return request, protocol.encode(protocol.Health(request=request))
+        return request, messages.encode(protocol.Health(request=request))
 
     def act(self, observation: Observation, deadline_s: float) -> tuple[int, list[Part]]:
         """Return a request number and the message that asks for actions.
@@ -130,23 +131,17 @@ class Conversation:
         Raises:
             ObservationError: the observation does not fit the robot.
         """
-        cameras = [camera.name for camera in self.info.cameras]
-        check_observation(observation, self._embodiment, tuple(cameras))
+        check_observation(observation, self._embodiment, self._cameras)
         request = next(self._requests)
-        return request, protocol.encode_observation(
+        return request, messages.encode_observation(
             request,
             observation,
-            cameras,
+            self._cameras,
             deadline_ns=max(1, round(1e9 * deadline_s) + self._clock_ns),
             jpeg_quality=self._jpeg_quality,
         )
 
-    def offer(self, message: protocol.Message) -> LocalOffer | None:
-        """Return the quicker way that a Welcome offers."""
-        header = message.header
-        return header.local if isinstance(header, protocol.Welcome) else None
-
-    def welcomed(self, message: protocol.Message, asked_s: float) -> ServerInfo:
+    def welcomed(self, message: messages.Message, asked_s: float) -> ServerInfo:
         """Take in a Welcome to a hello that was said at ``asked_s`` (monotonic), and return what it says.
 
         Raises:
@@ -154,13 +149,12 @@ class Conversation:
             EmbodimentError: the server asks for cameras that the robot does not have.
             PolicyChangedError: it serves another policy than before.
         """
-        header = message.header
-        if not isinstance(header, protocol.Welcome):
-            raise _unexpected(header)
+        header = self.heard_welcome(message)
         known = {camera.name for camera in self._embodiment.cameras}
         if not known.issuperset(camera.name for camera in header.cameras):
             raise EmbodimentError("the server asks for cameras of another robot", "restart the server")
         self._set_clock(header.clock_ns, asked_s, spent_ms=0.0)
+        self._cameras = tuple(camera.name for camera in header.cameras)
         before, self._info = (
             self._info,
             ServerInfo(
@@ -179,6 +173,12 @@ class Conversation:
             raise self.changed(before.policy_id)
         return self._info
 
+    def heard_welcome(self, message: messages.Message) -> protocol.Welcome:
+        """Return the Welcome that ``message`` is; MessageError if it is none."""
+        if not isinstance(message.header, protocol.Welcome):
+            raise _unexpected(message.header)
+        return message.header
+
     def changed(self, before: str) -> PolicyChangedError:
         """Return the error that says that the policy is not ``before`` any more."""
         return PolicyChangedError(
@@ -187,7 +187,7 @@ class Conversation:
             "start the trial again",
         )
 
-    def reply(self, message: protocol.Message, observation: Observation, asked_s: float) -> Reply:
+    def reply(self, message: messages.Message, observation: Observation, asked_s: float) -> Reply:
         """Return the answer to ``observation`` that ``message`` holds, checked.
 
         Whether it is of the policy that ``info`` describes is the caller's to look at.
@@ -196,7 +196,7 @@ class Conversation:
             MessageError: it is none.
             ChunkError: it is not a sound one, or for another observation.
         """
-        chunk = protocol.decode_chunk(message)
+        chunk = messages.decode_chunk(message)
         header = message.header
         assert isinstance(header, protocol.Chunk)
         self._set_clock(header.clock_ns, asked_s, spent_ms=header.timing.total_ms)
@@ -212,7 +212,7 @@ class Conversation:
             )
         return Reply(chunk, header.timing, 1e3 * (time.monotonic() - asked_s))
 
-    def status(self, message: protocol.Message) -> protocol.Status:
+    def status(self, message: messages.Message) -> protocol.Status:
         """Return the Status that ``message`` is.
 
         Raises:
@@ -229,7 +229,7 @@ class Conversation:
         self._clock_ns = server_ns + travel_ns // 2 - now_ns
 
 
-def accepted(message: protocol.Message) -> protocol.Message:
+def accepted(message: messages.Message) -> messages.Message:
     """Return ``message`` unless it is a refusal.
 
     Raises:

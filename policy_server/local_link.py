@@ -1,7 +1,7 @@
 """The way between two processes of one machine: a Unix socket for words, shared memory for pictures.
 
-A message crosses as one datagram of a SOCK_SEQPACKET socket; parts of :data:`INLINE_BYTES` or more lie
-in a slot of memory that both map, and the datagram says how long they are. A datagram wakes the other
+A message crosses as one datagram (:mod:`policy_server.datagram`) of a SOCK_SEQPACKET socket; long parts lie
+in a slot of memory that both map. A datagram wakes the other
 side directly, where ZMQ's ipc would wake two threads of its own on each side first. The kernel does the
 bookkeeping: it says who is at the other end (SO_PEERCRED), closes the socket when a process dies, however
 it dies, and frees the memory with the last of the two.
@@ -9,8 +9,6 @@ it dies, and frees the memory with the last of the two.
 The memory is an anonymous file (memfd) that the server makes, of a size it knows beforehand, and hands
 over with the socket: it has no name that could be guessed, listed or left behind. It is sealed against
 shrinking, so that nobody can pull it from under the reader.
-
-    datagram = "SVL2", number of parts, slot or -1, each part's size (top bit: in the slot), short parts
 """
 
 from __future__ import annotations
@@ -33,26 +31,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from policy_server.protocol import (
-    MAX_ARRAYS,
-    MAX_HEADER_BYTES,
-    MAX_TOTAL_BYTES,
-    LocalOffer,
-    MessageError,
-    Part,
-)
+from policy_server.datagram import INLINE_BYTES, MAGIC, MAX_DATAGRAM_BYTES, pack, split, unpack
+from policy_server.protocol import MAX_TOTAL_BYTES, LocalOffer, MessageError, Part
+from policy_server.waiting import SPIN_S, Patience
 from simplevla.errors import UnavailableError
 
-INLINE_BYTES = 1 << 15
 SLOTS = 4
-MAX_DATAGRAM_BYTES = 160 << 10
 
-_MAGIC = b"SVL2"
-_HEAD = struct.Struct("<4sHh")
-_SIZE = struct.Struct("<I")
 _GREETING = struct.Struct("<4sHI")
-_IN_SLOT = 1 << 31
-_ALIGNMENT = 64
 _GREETING_S = 2.0
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL if hasattr(fcntl, "F_SEAL_SEAL") else 0
 
@@ -73,8 +59,15 @@ def is_possible() -> bool:
 class LocalLink:
     """A client's end. Owns a socket and the mapped memory; not for several threads at once."""
 
-    def __init__(self, offer: LocalOffer, timeout_s: float) -> None:
+    transport = "shared memory"
+
+    def __init__(self, offer: LocalOffer, timeout_s: float, spin_s: float = SPIN_S) -> None:
         """Connect, and take over the memory.
+
+        Args:
+            offer: where, and what to show there.
+            timeout_s: longest wait for the server, s.
+            spin_s: see :class:`policy_server.waiting.Patience`.
 
         Raises:
             UnavailableError: there is no such server on this machine, it is another user's, or it is
@@ -92,6 +85,7 @@ class LocalLink:
             if isinstance(error, OSError | struct.error):
                 raise UnavailableError(f"no server of this user at {offer.path}: {error}") from error
             raise
+        self._patience = Patience(spin_s)
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
         self._free = list(range(len(self._memory)))
@@ -116,8 +110,8 @@ class LocalLink:
                 )
             slot = self._free.pop()
         try:
-            memory = memoryview(self._memory[slot]) if slot >= 0 else None
-            self._socket.sendmsg(_pack(parts, slot, memory))
+            pieces = split(parts, -1)[0] if slot < 0 else pack(parts, slot, self._memory[slot])
+            self._socket.sendmsg(pieces)
         except OSError as error:
             raise GoneError("the policy server has ended the connection", "connect again") from error
         except MessageError:
@@ -137,17 +131,18 @@ class LocalLink:
             GoneError: the server is gone.
             MessageError: what came is no message.
         """
+        return self._patience.wait(self._look, timeout_s)
+
+    def _look(self, timeout_s: float) -> list[Part] | None:
+        if not self._poll.poll(max(1.0, 1e3 * timeout_s) if timeout_s > 0 else 0):
+            return None
         try:
             size = self._socket.recv_into(self._buffer)
-        except BlockingIOError:
-            if timeout_s <= 0 or not self._poll.poll(max(1.0, 1e3 * timeout_s)):
-                return None
-            return self.receive(0.0)
         except OSError as error:
             raise GoneError("the policy server has ended the connection", "connect again") from error
         if not size:
             raise GoneError("the policy server has ended the connection", "connect again")
-        return _unpack(bytes(memoryview(self._buffer)[:size]), [])
+        return unpack(bytes(memoryview(self._buffer)[:size]), [])
 
     def close(self) -> None:
         """Let go of socket and memory; safe to call twice."""
@@ -158,10 +153,21 @@ class LocalLink:
 class LocalPeer:
     """A server's end of one link: whom a message came from, and where its answer goes."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    is_near = True
+    may_seal = False
+
+    def __init__(self, connection: socket.socket, token: str, slot_size: int, buffer: bytearray) -> None:
+        """Take a connection, not yet greeted.
+
+        Args:
+            connection: the socket.
+            token: what the client must know.
+            slot_size: bytes of a slot.
+            buffer: of MAX_DATAGRAM_BYTES, to read into; all peers may share it.
+        """
         connection.setblocking(False)
         self.socket = connection
-        self.is_near = True
+        self._token, self._slot_size, self._buffer = token, slot_size, buffer
         self.is_open = True
         self.greet_by_s: float | None = time.monotonic() + _GREETING_S
         self._memory: list[memoryview] = []
@@ -172,7 +178,7 @@ class LocalPeer:
         """The socket, to wait on."""
         return self.socket.fileno()
 
-    def greet(self, token: str, slot_bytes: int) -> None:
+    def greet(self) -> None:
         """Read the client's greeting and hand it memory of its own.
 
         Raises:
@@ -181,31 +187,28 @@ class LocalPeer:
         """
         told, _, _, _ = self.socket.recvmsg(256)
         _, uid, _ = _credentials(self.socket)
-        if uid != os.geteuid() or not hmac.compare_digest(told, _MAGIC + token.encode()):
+        if uid != os.geteuid() or not hmac.compare_digest(told, MAGIC + self._token.encode()):
             raise PermissionError(f"user {uid} does not know the token")
         handle = os.memfd_create("simplevla-frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.fchmod(handle, 0o600)
-            os.ftruncate(handle, SLOTS * slot_bytes)
+            os.ftruncate(handle, SLOTS * self._slot_size)
             fcntl.fcntl(handle, fcntl.F_ADD_SEALS, _SEALS)
-            memory = mmap.mmap(handle, SLOTS * slot_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
-            socket.send_fds(self.socket, [_GREETING.pack(_MAGIC, SLOTS, slot_bytes)], [handle])
+            memory = mmap.mmap(handle, SLOTS * self._slot_size, mmap.MAP_SHARED, mmap.PROT_READ)
+            socket.send_fds(self.socket, [_GREETING.pack(MAGIC, SLOTS, self._slot_size)], [handle])
         finally:
             os.close(handle)
         self._memory = _slots(memory, SLOTS)
         self.greet_by_s = None
 
-    def receive(self, buffer: bytearray) -> list[Part] | None:
+    def receive(self) -> list[Part] | None:
         """Return the message that is there; None if the client is gone.
-
-        Args:
-            buffer: of :data:`MAX_DATAGRAM_BYTES`, to read into.
 
         Raises:
             MessageError: it is none, or too large.
         """
         try:
-            size, _, flags, _ = self.socket.recvmsg_into([buffer])
+            size, _, flags, _ = self.socket.recvmsg_into([self._buffer])
         except BlockingIOError:
             return []
         except OSError:
@@ -214,11 +217,11 @@ class LocalPeer:
             return None
         if flags & socket.MSG_TRUNC:
             raise MessageError("the datagram is too long", "send large arrays in a slot", code="too_large")
-        return _unpack(bytes(memoryview(buffer)[:size]), self._memory)
+        return unpack(bytes(memoryview(self._buffer)[:size]), self._memory)
 
     def send(self, parts: Sequence[Part]) -> None:
         """Send an answer; a client that is gone or takes none is hung up on. Safe from any thread."""
-        datagram = _pack(parts, -1, None)
+        datagram = split(parts, -1)[0]
         with self._sending, contextlib.suppress(OSError):
             if not self.is_open:
                 return
@@ -239,7 +242,14 @@ class LocalPeer:
 class LocalListener:
     """Where local clients knock: a socket in a folder of its own that only this user can enter."""
 
-    def __init__(self) -> None:
+    def __init__(self, slot_size: int) -> None:
+        """Listen, for clients that get slots of ``slot_size`` bytes.
+
+        Raises:
+            OSError: the socket cannot be made.
+        """
+        self._slot_size = slot_size
+        self._buffer = bytearray(MAX_DATAGRAM_BYTES)
         base = os.environ.get("XDG_RUNTIME_DIR", "")
         usable = os.path.isabs(base) and os.access(base, os.W_OK) and len(base) < 50
         self._folder = Path(tempfile.mkdtemp(prefix="simplevla-", dir=base if usable else None))
@@ -266,18 +276,12 @@ class LocalListener:
             connection, _ = self.socket.accept()
         except OSError:
             return None
-        return LocalPeer(connection)
+        return LocalPeer(connection, self.offer.token, self._slot_size, self._buffer)
 
     def close(self) -> None:
         """Close the socket and remove its folder."""
         self.socket.close()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def slot_bytes(sizes: Sequence[int]) -> int:
-    """Return how large a slot must be that holds parts of ``sizes``, in whole pages."""
-    needed = sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)
-    return -(-max(needed, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def _attach(connection: socket.socket, offer: LocalOffer) -> list[memoryview]:
@@ -288,13 +292,13 @@ def _attach(connection: socket.socket, offer: LocalOffer) -> list[memoryview]:
     connection.connect(offer.path)
     if _credentials(connection)[1] != os.geteuid():
         raise PermissionError("it is another user's")
-    connection.send(_MAGIC + offer.token.encode())
+    connection.send(MAGIC + offer.token.encode())
     told, handles, _, _ = socket.recv_fds(connection, 256, 1)
     try:
         magic, slots, size = _GREETING.unpack(told)
         total = slots * size
         sealed = len(handles) == 1 and fcntl.fcntl(handles[0], fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
-        if magic != _MAGIC or not sealed or not 0 < total <= SLOTS * MAX_TOTAL_BYTES:
+        if magic != MAGIC or not sealed or not 0 < total <= SLOTS * MAX_TOTAL_BYTES:
             raise PermissionError("it does not speak our language")
         if os.fstat(handles[0]).st_size != total:
             raise PermissionError("its memory has another size")
@@ -316,66 +320,3 @@ def _slots(memory: mmap.mmap, count: int) -> list[memoryview]:
     size = len(memory) // count
     whole = memoryview(memory)
     return [whole[index * size : (index + 1) * size] for index in range(count)]
-
-
-def _pack(parts: Sequence[Part], slot: int, memory: memoryview | None) -> list[Part]:
-    """Return the pieces of the datagram, after copying the long parts into the slot if there is one."""
-    inline: list[Part] = []
-    sizes = b""
-    offset = 0
-    for index, part in enumerate(parts):
-        size = len(part)
-        if memory is not None and index and size >= INLINE_BYTES:
-            if offset + size > len(memory):
-                raise MessageError(
-                    f"the arrays need more than the {len(memory)} bytes of a slot",
-                    "send images in the sizes that the embodiment names",
-                    code="too_large",
-                )
-            memory[offset : offset + size] = part
-            offset += -(-size // _ALIGNMENT) * _ALIGNMENT
-            sizes += _SIZE.pack(size | _IN_SLOT)
-        else:
-            inline.append(part)
-            sizes += _SIZE.pack(size)
-    if sum(map(len, inline)) > MAX_DATAGRAM_BYTES - 1024:
-        raise MessageError("the message is too long", "send fewer arrays", code="too_large")
-    return [_HEAD.pack(_MAGIC, len(parts), slot) + sizes, *inline]
-
-
-def _unpack(datagram: bytes, slots: Sequence[memoryview]) -> list[Part]:
-    """Return the parts of a message: views of the datagram, and of the slot for the long ones.
-
-    Raises:
-        MessageError: a size or a slot is none, or bytes are missing or left over.
-    """
-    if len(datagram) < _HEAD.size:
-        raise MessageError("the datagram is no message")
-    magic, count, slot = _HEAD.unpack_from(datagram)
-    if magic != _MAGIC or not 1 <= count <= MAX_ARRAYS + 1 or not -1 <= slot < len(slots):
-        raise MessageError("the datagram is no message")
-    start = _HEAD.size + count * _SIZE.size
-    if start > len(datagram):
-        raise MessageError("the datagram is cut short")
-    whole = memoryview(datagram)
-    parts: list[Part] = []
-    offset = 0
-    for index in range(count):
-        (size,) = _SIZE.unpack_from(datagram, _HEAD.size + index * _SIZE.size)
-        if size & _IN_SLOT:
-            size ^= _IN_SLOT
-            # The header is always inline: it must not change while it is read.
-            if index == 0 or slot < 0 or offset + size > len(slots[slot]):
-                raise MessageError("an array does not lie in its slot")
-            parts.append(slots[slot][offset : offset + size])
-            offset += -(-size // _ALIGNMENT) * _ALIGNMENT
-        else:
-            if start + size > len(datagram) or (index == 0 and size > MAX_HEADER_BYTES):
-                raise MessageError(
-                    "the datagram is cut short", code="too_large" if index == 0 else "bad_message"
-                )
-            parts.append(whole[start : start + size])
-            start += size
-    if start != len(datagram):
-        raise MessageError("the datagram is longer than its parts")
-    return parts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from policy_server import protocol
 from policy_server.protocol import DEFAULT_ADDRESS, MessageError, Part
@@ -15,6 +14,7 @@ except ImportError as _error:
     raise MissingExtraError("pyzmq", "robot") from _error
 
 from policy_server.keys import ClientKeys
+from policy_server.waiting import SPIN_S, Patience
 
 _HEARTBEAT_MS = 1000
 _SILENCE_MS = 3000
@@ -22,37 +22,26 @@ _RECONNECT_MS = 50
 _QUEUED_MESSAGES = 8
 
 
-class Link(Protocol):
-    """What carries a client's messages; see :class:`RemoteLink` and ``local_link.LocalLink``."""
-
-    def fileno(self) -> int:
-        """What to wait on for the next message."""
-
-    def send(self, parts: Sequence[Part]) -> int:
-        """Send a message; return what to release when its answer is there."""
-
-    def release(self, slot: int) -> None:
-        """Take back what :meth:`send` returned."""
-
-    def receive(self, timeout_s: float) -> list[Part] | None:
-        """Return the next message, or None if there is none in time."""
-
-    def close(self) -> None:
-        """Let go of everything; safe to call twice."""
-
-
 class RemoteLink:
-    """Owns a ZMQ socket; not for several threads at once.
+    """Owns a ZMQ socket, for messages to and fro; not for several threads at once.
 
     Its file descriptor tells of news only once: ask :meth:`receive` after each :meth:`send` too.
     """
 
-    def __init__(self, address: str, keys: ClientKeys | None = None) -> None:
+    transport = "network"
+
+    def __init__(self, address: str, keys: ClientKeys | None = None, spin_s: float = SPIN_S) -> None:
         """Begin to connect; that nobody is there shows when no answer comes.
+
+        Args:
+            address: the server's.
+            keys: encrypt, and speak to the one server that they name.
+            spin_s: see :class:`policy_server.waiting.Patience`.
 
         Raises:
             ConfigError: it is no address.
         """
+        self._patience = Patience(spin_s)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         for option, value in (
@@ -101,7 +90,12 @@ class RemoteLink:
 
     def receive(self, timeout_s: float) -> list[Part] | None:
         """Return the next message, or None if there is none within ``timeout_s``."""
-        if not self._socket.poll(max(0, round(1e3 * timeout_s))):
+        return self._patience.wait(self._look, timeout_s)
+
+    def _look(self, timeout_s: float) -> list[Part] | None:
+        if timeout_s > 0:
+            self._socket.poll(max(1, round(1e3 * timeout_s)))
+        if not int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             return None
         return list(self._socket.recv_multipart())
 

@@ -18,17 +18,19 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from policy_server import protocol
+from policy_server import messages, protocol
 from policy_server.address import require_local
+from policy_server.answers import Answers, Turn, timing_of, welcome_to
+from policy_server.datagram import slot_bytes
 from policy_server.door import Door, Peer, Received
 from policy_server.hot_swap import require_swappable
 from policy_server.incumbent import Answer, Incumbent, InternalError, compute
 from policy_server.keys import ServerKeys
-from policy_server.local_link import slot_bytes
 from policy_server.metrics import Metrics
 from policy_server.protocol import DEFAULT_ADDRESS, MessageError
 from policy_server.schedule import DrainingError, Job, Refusals, Schedule
-from policy_server.served_policy import ServedPolicy, Split
+from policy_server.served_policy import ServedPolicy
+from policy_server.waiting import SPIN_S
 from simplevla.action_chunk import ActionChunk
 from simplevla.bundle import Manifest
 from simplevla.embodiment import require_same
@@ -38,6 +40,7 @@ from simplevla.observation import Observation, check_observation
 _POLL_S = 0.5
 _KNOWN_CLIENTS = 256
 _DRAIN_S = 5.0
+_BRIEF_S = 3e-4
 _MARGIN = 4  # an image of a wrong size is to be refused with words, not by hanging up
 
 _log = logging.getLogger(__name__)
@@ -57,24 +60,20 @@ class ServerOptions:
         allow_remote: accept an address that other machines can reach, without keys.
         keys: encrypt, and let in only clients whose keys are known.
         local: offer clients of this machine shared memory.
+        sealed: offer clients with keys a sealed connection, on a port of its own.
         batch_wait_s: longest time that a request waits for others to be answered with it.
         metrics: where to count, if anywhere.
+        spin_s: longest time that is spent looking for the next message before going to sleep, and only
+            while messages come that quickly; see :mod:`policy_server.waiting`.
     """
 
     allow_remote: bool = False
     keys: ServerKeys | None = None
     local: bool = True
+    sealed: bool = True
     batch_wait_s: float = 0.002
     metrics: Metrics | None = None
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """How a request's turn went: how long it waited, what it cost, when the answer was there."""
-
-    queued_ms: float
-    split: Split
-    ready_s: float
+    spin_s: float = SPIN_S
 
 
 class PolicyServer:
@@ -104,9 +103,13 @@ class PolicyServer:
         self._door = Door(
             address,
             max_part_bytes=min(protocol.MAX_PART_BYTES, max(1 << 20, _MARGIN * max(images))),
+            max_message_bytes=min(protocol.MAX_TOTAL_BYTES, max(1 << 20, _MARGIN * slot_bytes(images))),
+            sealed=options.sealed,
             slot_bytes=slot_bytes(images) if options.local else 0,
             keys=options.keys,
+            spin_s=options.spin_s,
         )
+        self._answers = Answers(options.metrics)
         self._resources = ExitStack()
         # Held by the thread that waits for messages.
         self._at_door = threading.Lock()
@@ -117,8 +120,6 @@ class PolicyServer:
         self._draining = False
         # Clients that said Hello; the oldest is forgotten and simply says it again.
         self._welcomed: OrderedDict[Peer, None] = OrderedDict()
-        self._answered = 0
-        self._refused = 0
         self._swaps = 0
 
     def __enter__(self) -> PolicyServer:
@@ -221,15 +222,13 @@ class PolicyServer:
             outcome.append(answer)
             done.set()
 
-        def answer(chunk: ActionChunk, turn: _Turn) -> None:
-            self._answered += 1
-            timing = _timing(1e3 * (received_s - start_s), turn, 0.0)
-            if self._metrics:
-                self._metrics.answered(timing, 0.0)
+        def answer(chunk: ActionChunk, turn: Turn) -> None:
+            timing = timing_of(1e3 * (received_s - start_s), turn, 0.0)
+            self._answers.count_answer(timing, 0.0)
             take((chunk, timing))
 
         def refuse(error: SimplevlaError) -> None:
-            self._count_refusal(error)
+            self._answers.count_refusal(error)
             take(error)
 
         received_s = time.perf_counter()
@@ -249,8 +248,8 @@ class PolicyServer:
                 policy_id=self._incumbent.policy.policy_id,
                 backend=self._incumbent.policy.session.info.backend,
                 uptime_s=time.monotonic() - self._ready_since,
-                answered=self._answered,
-                refused=self._refused,
+                answered=self._answers.answered,
+                refused=self._answers.refused,
                 state="draining" if self._draining or self._stop.is_set() else "ready",
                 waiting=len(self._schedule),
                 clients=len(self._welcomed),
@@ -272,9 +271,17 @@ class PolicyServer:
         while not self._stop.is_set():
             with self._at_door:
                 jobs = self._wait_for_turn()
-            while jobs:
-                self.answer(jobs)
-                jobs = self.due()
+                if 0 < self._schedule.usual_s < _BRIEF_S:
+                    # To hand the door over would take longer than the answers do.
+                    self._answer_in_turn(jobs)
+                    continue
+            self._answer_in_turn(jobs)
+
+    def _answer_in_turn(self, jobs: list[Job]) -> None:
+        """Answer ``jobs``, and whatever has its turn by then."""
+        while jobs:
+            self.answer(jobs)
+            jobs = self.due()
 
     def _wait_for_turn(self) -> list[Job]:
         """Mind the door until there is something to compute; return it, or nothing if it is time to end."""
@@ -311,7 +318,7 @@ class PolicyServer:
             with self._lock:
                 self._schedule.forget(peer)
         with self._lock:
-            late = self._schedule.expired(time.monotonic())
+            late = self._schedule.expired(time.monotonic()) if len(self._schedule) else []
         _refuse(late)
         return len(received)
 
@@ -329,9 +336,7 @@ class PolicyServer:
                 done = not jobs and not len(self._schedule) and self._schedule.busy_since_s is None
             if done and not other.is_alive():
                 return
-            while jobs:
-                self.answer(jobs)
-                jobs = self.due()
+            self._answer_in_turn(jobs)
             other.join(0.01)  # it comes to the door once more, to see that it is to end
             with self._at_door:
                 self._look(0.0)
@@ -344,7 +349,7 @@ class PolicyServer:
         try:
             if received.error is not None:
                 raise received.error
-            message = protocol.decode(received.parts)
+            message = messages.decode(received.parts)
             request = message.header.request
             self._handle(received, message)
             return
@@ -356,14 +361,14 @@ class PolicyServer:
         except Exception:
             _log.exception("request failed")
             refusal = InternalError()
-        self._send_refusal(received.peer, request, refusal)
+        self._answers.send_refusal(received.peer, request, refusal)
 
-    def _handle(self, received: Received, message: protocol.Message) -> None:
+    def _handle(self, received: Received, message: messages.Message) -> None:
         header, peer = message.header, received.peer
         if isinstance(header, protocol.Act):
             if peer not in self._welcomed:
                 raise HandshakeError("say hello first", "use the client of this version of simplevla")
-            observation = protocol.decode_observation(message, self._sizes)
+            observation = messages.decode_observation(message, self._sizes)
             policy = self._incumbent.policy
             check_observation(observation, policy.manifest.embodiment, policy.manifest.cameras)
             receive_ms = 1e3 * (time.perf_counter() - received.start_s)
@@ -371,13 +376,13 @@ class PolicyServer:
                 peer,
                 observation,
                 header.deadline_ns / 1e9 if header.deadline_ns else None,
-                lambda error: self._send_refusal(peer, header.request, error),
-                lambda chunk, turn: self._send_chunk(peer, header.request, chunk, receive_ms, turn),
+                lambda error: self._answers.send_refusal(peer, header.request, error),
+                lambda chunk, turn: self._answers.send_chunk(peer, header.request, chunk, receive_ms, turn),
             )
         elif isinstance(header, protocol.Hello):
-            peer.send(protocol.encode(self._welcome(peer, header)))
+            peer.send(messages.encode(self._welcome(peer, header)))
         elif isinstance(header, protocol.Health):
-            peer.send(protocol.encode(self.status(header.request)))
+            peer.send(messages.encode(self.status(header.request)))
         else:
             name = header.__class__.__name__
             raise MessageError(f"{name} is no message to a server", request=header.request)
@@ -391,23 +396,15 @@ class PolicyServer:
 
     def _welcome(self, peer: Peer, hello: protocol.Hello) -> protocol.Welcome:
         policy = self._incumbent.policy
-        manifest = policy.manifest
-        require_same(hello.embodiment, manifest.embodiment, have_is="the client", want_is="the bundle")
+        require_same(
+            hello.embodiment, policy.manifest.embodiment, have_is="the client", want_is="the bundle"
+        )
         self.welcome(peer)
-        cameras = [manifest.embodiment.camera(name) for name in manifest.cameras]
-        return protocol.Welcome(
-            request=hello.request,
-            policy_id=policy.policy_id,
-            name=manifest.name,
-            cameras=tuple(protocol.CameraNeed(c.name, c.width, c.height) for c in cameras),
-            instructions=manifest.instructions,
-            chunk_length=manifest.chunk_length,
-            dt_s=manifest.dt_s,
-            action_space=manifest.action_space,
-            backend=policy.session.info.backend,
-            clock_ns=time.monotonic_ns(),
-            continues=policy.continues,
-            local=self._door.offer if peer.is_near else None,
+        return welcome_to(
+            policy,
+            hello.request,
+            local=self._door.local_offer if peer.is_near else None,
+            sealed=self._door.sealed_offer() if peer.may_seal else None,
         )
 
     def _admit(
@@ -416,7 +413,7 @@ class PolicyServer:
         observation: Observation,
         deadline_s: float | None,
         refuse: Callable[[SimplevlaError], None],
-        answer: Callable[[ActionChunk, _Turn], None],
+        answer: Callable[[ActionChunk, Turn], None],
     ) -> None:
         now_s = time.monotonic()
         with self._lock:
@@ -431,7 +428,7 @@ class PolicyServer:
     def answer(self, jobs: list[Job]) -> None:
         """Compute and send the answers to ``jobs``; call :meth:`due` after that, for the next."""
         turn_s = time.monotonic()
-        answers = self._answers(jobs)
+        answers = self._computed(jobs)
         ready_s = time.perf_counter()
         for job, answer in zip(jobs, answers, strict=True):
             try:
@@ -439,13 +436,13 @@ class PolicyServer:
                     job.refuse(answer)
                 else:
                     chunk, split = answer
-                    job.answer(chunk, _Turn(1e3 * (turn_s - job.arrived_s), split, ready_s))
+                    job.answer(chunk, Turn(1e3 * (turn_s - job.arrived_s), split, ready_s))
             except Exception:
                 _log.exception("an answer could not be sent")
         if self._metrics:
             self._metrics.batch(len(jobs), len(self._schedule))
 
-    def _answers(self, jobs: list[Job]) -> list[Answer]:
+    def _computed(self, jobs: list[Job]) -> list[Answer]:
         policy: ServedPolicy = jobs[0].policy
         observations = [job.observation for job in jobs]
         answers = compute(policy, observations)
@@ -460,45 +457,7 @@ class PolicyServer:
             self._metrics.swap("rolled_back")
         return compute(before, observations)
 
-    # --- answers, from both threads ---
-
-    def _send_chunk(
-        self,
-        peer: Peer,
-        request: int,
-        chunk: ActionChunk,
-        receive_ms: float,
-        turn: _Turn,
-    ) -> None:
-        timing = _timing(receive_ms, turn, 1e3 * (time.perf_counter() - turn.ready_s))
-        peer.send(protocol.encode_chunk(request, chunk, timing, time.monotonic_ns()))
-        self._answered += 1
-        if self._metrics:
-            self._metrics.answered(timing, time.perf_counter() - turn.ready_s)
-
-    def _send_refusal(self, peer: Peer, request: int, error: SimplevlaError) -> None:
-        self._count_refusal(error)
-        _log.info("refused (%s): %.200s", error.code, error)
-        peer.send(protocol.encode_error(request, error))
-
-    def _count_refusal(self, error: SimplevlaError) -> None:
-        with self._lock:
-            self._refused += 1
-        if self._metrics:
-            self._metrics.refused(error.code)
-
 
 def _refuse(refusals: Refusals) -> None:
     for job, error in refusals:
         job.refuse(error)
-
-
-def _timing(receive_ms: float, turn: _Turn, send_ms: float) -> protocol.ServerTiming:
-    return protocol.ServerTiming(
-        receive_ms=receive_ms,
-        queue_ms=turn.queued_ms,
-        preprocess_ms=turn.split.preprocess_ms,
-        inference_ms=turn.split.inference_ms,
-        decode_ms=turn.split.decode_ms,
-        send_ms=send_ms,
-    )

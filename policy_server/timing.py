@@ -18,9 +18,13 @@ _WARM_UP_ROUNDS = 10
 
 
 def interleaved(
-    asks: Mapping[str, Callable[[Any], object]], questions: Sequence[Any], rounds: int
+    asks: Mapping[str, Callable[[Any], object]],
+    questions: Sequence[Any],
+    rounds: int,
+    *,
+    warm_up_rounds: int = _WARM_UP_ROUNDS,
 ) -> Times:
-    """Ask everyone each question in turn, and return {who: (rounds,) ms}.
+    """Ask everyone each question in turn, and return {who: (rounds,) ms}, after a few that do not count.
 
     Garbage is collected before and not during: a pause would fall on one of them.
     """
@@ -28,7 +32,7 @@ def interleaved(
     gc.collect()
     gc.disable()
     try:
-        for index in range(-_WARM_UP_ROUNDS, rounds):
+        for index in range(-warm_up_rounds, rounds):
             for name, ask in asks.items():
                 start = time.perf_counter()
                 ask(questions[index % len(questions)])

@@ -52,27 +52,26 @@ def check_observation(
     Raises:
         ObservationError: a camera is missing, or a shape, type or value is wrong.
     """
-    names = embodiment.names()
-    state = observation.state
-    if state.shape != (len(names),) or state.dtype != np.float32:
+    state, size = observation.state, embodiment.dimension
+    if state.shape != (size,) or state.dtype != np.float32:
         raise ObservationError(
-            f"state is {state.dtype} {state.shape}, not float32 ({len(names)},)",
-            f"send the {embodiment.name} state in the order {', '.join(names)}",
+            f"state is {state.dtype} {state.shape}, not float32 ({size},)",
+            f"send the {embodiment.name} state in the order {', '.join(embodiment.names())}",
         )
     if not np.isfinite(state).all():
-        bad = [n for n, ok in zip(names, np.isfinite(state), strict=True) if not ok]
+        bad = [n for n, ok in zip(embodiment.names(), np.isfinite(state), strict=True) if not ok]
         raise ObservationError(f"state is not finite: {', '.join(bad)}", "check the joint feedback")
     committed = observation.committed
     if committed is not None and (
         committed.dtype != np.float32
         or committed.ndim != 2
-        or committed.shape[1] != len(names)
+        or committed.shape[1] != size
         or not 1 <= len(committed) <= MAX_COMMITTED
         or not np.isfinite(committed).all()
     ):
         raise ObservationError(
             f"committed actions are {committed.dtype} {committed.shape}, not finite float32 "
-            f"(1 to {MAX_COMMITTED}, {len(names)})",
+            f"(1 to {MAX_COMMITTED}, {size})",
             "send what is left of the chunk that is being executed",
         )
     if len(observation.instruction) > MAX_INSTRUCTION_CHARS:

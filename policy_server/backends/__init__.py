@@ -20,7 +20,8 @@ COMPILED_BACKENDS = (
     "tensorrt-rtx",
 )
 BACKENDS = (*COMPILED_BACKENDS, "torch")
-DEFAULT_BACKEND = BACKENDS[0]
+CPU_BACKENDS = ("onnxruntime", "openvino")
+AUTO = "auto"  # of CPU_BACKENDS: see policy_server.quickest
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 

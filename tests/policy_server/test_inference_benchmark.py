@@ -28,7 +28,7 @@ def test_back_ends_are_compared_alone_and_on_the_whole_way(
     output = capsys.readouterr().out
     rows = [line.split(" | ") for line in output.splitlines() if line.startswith("| ")]
     names = [row[0].strip("| ") for row in rows]
-    for name in ("torch eager", "ONNX Runtime (served)"):
+    for name in ("torch eager", "ONNX Runtime"):
         assert names.count(name) == 2
     assert [row[-1].strip(" |") for row in rows if row[0] == "| torch eager"] == ["1.00", "1.00"]
     assert output.count("as fast as torch eager") == 2

@@ -58,13 +58,18 @@ def test_with_keys_a_robot_is_answered_by_either_way(
 ) -> None:
     server_folder, robot = folders
     with serving(policy, keys=ServerKeys.load(server_folder)) as server:
-        for local, transport in ((False, "network"), (True, "shared memory")):
+        for local, sealed, transport in (
+            (False, False, "network"),
+            (False, True, "network, sealed"),
+            (True, True, "shared memory"),
+        ):
             with PolicyClient(
                 server.address,
                 embodiment=embodiment,
                 timeout_s=10,
                 keys=ClientKeys.load(robot, "robot"),
                 local=local,
+                sealed=sealed,
             ) as client:
                 assert client.transport == transport
                 assert client.act(observe()).chunk.length == 3

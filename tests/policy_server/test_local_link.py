@@ -17,12 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from policy_server import local_link, protocol
+from policy_server import messages, protocol
 from policy_server.client import PolicyClient
-from policy_server.local_link import INLINE_BYTES, SLOTS, GoneError, LocalLink, LocalListener, slot_bytes
+from policy_server.datagram import INLINE_BYTES, MAGIC
+from policy_server.local_link import SLOTS, GoneError, LocalLink, LocalListener
 from policy_server.protocol import LocalOffer, MessageError
 from policy_server.served_policy import ServedPolicy
 from policy_server.server import PolicyServer
@@ -51,37 +50,6 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:
     return condition()
 
 
-@given(st.lists(st.binary(max_size=60), min_size=1, max_size=6), st.data())
-def test_a_message_comes_out_as_it_went_in(parts: list[bytes], data: st.DataObject) -> None:
-    long = [data.draw(st.booleans()) and index > 0 for index in range(len(parts))]
-    sent = [
-        part * (INLINE_BYTES // max(1, len(part)) + 1) if x else part
-        for part, x in zip(parts, long, strict=True)
-    ]
-    memory = memoryview(bytearray(slot_bytes([len(part) for part in sent])))
-    datagram = b"".join(bytes(piece) for piece in local_link._pack(sent, 0, memory))
-    assert len(datagram) < 10_000
-    assert [bytes(part) for part in local_link._unpack(datagram, [memory])] == sent
-
-
-@given(st.binary(max_size=200) | st.binary(max_size=100).map(lambda tail: b"SVL2" + tail))
-def test_any_datagram_is_a_message_or_refused_with_the_typed_error(datagram: bytes) -> None:
-    with contextlib.suppress(MessageError):
-        parts = local_link._unpack(datagram, [memoryview(bytearray(4096))])
-        assert sum(map(len, parts)) <= len(datagram) + 4096 * len(parts)
-
-
-def test_a_header_cannot_lie_in_memory_that_changes_while_it_is_read() -> None:
-    lying = (
-        b"SVL2"
-        + (1).to_bytes(2, "little")
-        + (0).to_bytes(2, "little")
-        + (8 | 1 << 31).to_bytes(4, "little")
-    )
-    with pytest.raises(MessageError, match="slot"):
-        local_link._unpack(lying, [memoryview(bytearray(64))])
-
-
 def test_a_client_of_this_machine_goes_over_to_shared_memory(
     server: PolicyServer, policy: ServedPolicy, embodiment: Embodiment, observe: Observe
 ) -> None:
@@ -99,14 +67,14 @@ def test_big_images_lie_in_the_slot_and_too_big_ones_are_refused(
     try:
         big = np.zeros((2 * INLINE_BYTES,), np.uint8)
         with pytest.raises(MessageError) as caught:
-            link.send(protocol.encode(protocol.Health(request=1), {"a": big}))
+            link.send(messages.encode(protocol.Health(request=1), {"a": big}))
         assert caught.value.code == "too_large"
         # The slot was given back: all of them can still be used.
         for request in range(SLOTS + 1):
-            link.send(protocol.encode(protocol.Health(request=request)))
+            link.send(messages.encode(protocol.Health(request=request)))
             heard = link.receive(5)
             assert heard is not None
-            assert protocol.decode(heard).header.request == request
+            assert messages.decode(heard).header.request == request
     finally:
         link.close()
 
@@ -131,7 +99,7 @@ def test_nobody_can_shrink_the_memory_under_the_server(
     offer = offer_of(server, embodiment)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as raw:
         raw.connect(offer.path)
-        raw.send(b"SVL2" + offer.token.encode())
+        raw.send(MAGIC + offer.token.encode())
         _, (handle,), _, _ = socket.recv_fds(raw, 256, 1)
     try:
         size = os.fstat(handle).st_size
@@ -144,7 +112,7 @@ def test_nobody_can_shrink_the_memory_under_the_server(
         os.close(handle)
 
 
-@pytest.mark.parametrize("greeting", [b"", b"SVL2" + b"0" * 32, b"hello", b"SVL2", bytes(300)])
+@pytest.mark.parametrize("greeting", [b"", MAGIC + b"0" * 32, b"hello", MAGIC, bytes(300)])
 def test_who_does_not_know_the_word_is_turned_away(
     server: PolicyServer, embodiment: Embodiment, observe: Observe, greeting: bytes
 ) -> None:
@@ -165,17 +133,17 @@ def test_nonsense_on_the_link_is_refused_and_the_link_stays(
     link = LocalLink(offer_of(server, embodiment), 5)
     raw = socket.socket(fileno=os.dup(link.fileno()))
     try:
-        for nonsense in (b"x", b"SVL2" + bytes(100), b"SVL2\x01\x00\x09\x00" + bytes(4), bytes(170_000)):
+        for nonsense in (b"x", MAGIC + bytes(100), b"SVL3\x01\x00\x09\x00" + bytes(4), bytes(170_000)):
             raw.send(nonsense)
             heard = link.receive(5)
             assert heard is not None
-            header = protocol.decode(heard).header
+            header = messages.decode(heard).header
             assert isinstance(header, protocol.Error)
             assert header.code in ("bad_message", "too_large")
-        link.send(protocol.encode(protocol.Health(request=1)))
+        link.send(messages.encode(protocol.Health(request=1)))
         heard = link.receive(5)
         assert heard is not None
-        assert isinstance(protocol.decode(heard).header, protocol.Status)
+        assert isinstance(messages.decode(heard).header, protocol.Status)
     finally:
         raw.close()
         link.close()
@@ -220,7 +188,7 @@ def test_a_dead_server_is_noticed_at_once(
 ) -> None:
     with serving(policy) as server:
         link = LocalLink(offer_of(server, embodiment), 5)
-        path = Path(server._door.offer.path)  # type: ignore[union-attr]
+        path = Path(server._door.local_offer.path)  # type: ignore[union-attr]
         assert path.exists()
     start_s = time.monotonic()
     with pytest.raises(GoneError):
@@ -233,7 +201,7 @@ def test_a_dead_server_is_noticed_at_once(
 
 
 def test_a_listener_leaves_no_folder() -> None:
-    listener = LocalListener()
+    listener = LocalListener(4096)
     folder = Path(listener.offer.path).parent
     assert listener.accept() is None
     listener.close()

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from policy_server import protocol
+from policy_server import messages, protocol
 from policy_server.protocol import MessageError
 from simplevla.action_chunk import ActionChunk
 from simplevla.embodiment import load_embodiment
@@ -56,9 +56,9 @@ def raw(parts: list[protocol.Part]) -> list[bytes]:
 
 @given(number, observations)
 def test_an_observation_comes_back_as_it_was(request: int, observation: Observation) -> None:
-    parts = raw(protocol.encode_observation(request, observation, list(observation.images)))
-    message = protocol.decode(parts)
-    back = protocol.decode_observation(message)
+    parts = raw(messages.encode_observation(request, observation, list(observation.images)))
+    message = messages.decode(parts)
+    back = messages.decode_observation(message)
     assert message.header.request == request
     assert back.images.keys() == observation.images.keys()
     for name, image in observation.images.items():
@@ -73,8 +73,8 @@ def test_an_observation_comes_back_as_it_was(request: int, observation: Observat
 def test_a_chunk_comes_back_as_it_was(
     request: int, chunk: ActionChunk, timing: protocol.ServerTiming
 ) -> None:
-    message = protocol.decode(raw(protocol.encode_chunk(request, chunk, timing, 7)))
-    back = protocol.decode_chunk(message)
+    message = messages.decode(raw(messages.encode_chunk(request, chunk, timing, 7)))
+    back = messages.decode_chunk(message)
     np.testing.assert_array_equal(back.actions, chunk.actions)
     assert dataclasses.replace(back, actions=chunk.actions) == chunk
     assert isinstance(message.header, protocol.Chunk)
@@ -83,13 +83,13 @@ def test_a_chunk_comes_back_as_it_was(
 
 def test_a_hello_carries_the_whole_embodiment() -> None:
     hello = protocol.Hello(request=3, embodiment=load_embodiment("piper_dual"))
-    assert protocol.decode(raw(protocol.encode(hello))).header == hello
+    assert messages.decode(raw(messages.encode(hello))).header == hello
 
 
 @given(st.lists(st.binary(max_size=200), max_size=20))
 def test_arbitrary_bytes_raise_the_typed_error(parts: list[bytes]) -> None:
     with pytest.raises(MessageError) as caught:
-        protocol.decode(parts)
+        messages.decode(parts)
     assert caught.value.code in {"bad_message", "too_large", "other_schema"}
     assert caught.value.remedy
 
@@ -98,7 +98,7 @@ def test_arbitrary_bytes_raise_the_typed_error(parts: list[bytes]) -> None:
 def test_a_damaged_message_is_decoded_or_refused_with_the_typed_error(
     observation: Observation, data: st.DataObject
 ) -> None:
-    parts = raw(protocol.encode_observation(7, observation, list(observation.images)))
+    parts = raw(messages.encode_observation(7, observation, list(observation.images)))
     for _ in range(data.draw(st.integers(1, 4))):
         kind = data.draw(st.sampled_from(["flip", "cut", "insert", "drop", "repeat"]))
         which = data.draw(st.integers(0, len(parts) - 1))
@@ -118,7 +118,7 @@ def test_a_damaged_message_is_decoded_or_refused_with_the_typed_error(
             continue
         parts[which] = bytes(part)
     with contextlib.suppress(MessageError):
-        back = protocol.decode_observation(protocol.decode(parts))
+        back = messages.decode_observation(messages.decode(parts))
         assert back.capture_ns >= 0
         assert {array.dtype.name for array in (back.state, *back.images.values())} <= {"uint8", "float32"}
 
@@ -142,7 +142,7 @@ def test_well_formed_msgpack_of_any_content_is_refused(value: object, tag: str) 
         {"type": tag, "schema": protocol.SCHEMA, "request": 5, "arrays": value, "embodiment": value},
     ):
         with pytest.raises(MessageError):
-            protocol.decode([msgspec.msgpack.encode(header), b"x"])
+            messages.decode([msgspec.msgpack.encode(header), b"x"])
 
 
 def act(**changes: object) -> dict[str, object]:
@@ -187,16 +187,16 @@ def act(**changes: object) -> dict[str, object]:
     ],
 )
 def test_each_broken_field_is_named(changes: dict[str, object], parts: list[bytes], says: str) -> None:
-    assert protocol.decode([msgspec.msgpack.encode(act()), bytes(12)]).header.request == 9
+    assert messages.decode([msgspec.msgpack.encode(act()), bytes(12)]).header.request == 9
     with pytest.raises(MessageError, match=says) as caught:
-        protocol.decode([msgspec.msgpack.encode(act(**changes)), *parts])
+        messages.decode([msgspec.msgpack.encode(act(**changes)), *parts])
     assert caught.value.request == 9, "the refusal can be matched to its request"
 
 
 def test_another_schema_is_told_apart_whatever_else_it_holds() -> None:
     header = {"type": "act2", "schema": 12, "request": 5, "new": {"field": [1, None]}}
     with pytest.raises(MessageError) as caught:
-        protocol.decode([msgspec.msgpack.encode(header)])
+        messages.decode([msgspec.msgpack.encode(header)])
     assert (caught.value.code, caught.value.request) == ("other_schema", 5)
 
 
@@ -213,7 +213,7 @@ def test_a_header_cannot_make_the_reader_allocate_what_was_not_sent(header: byte
     tracemalloc.start()
     try:
         with pytest.raises(MessageError):
-            protocol.decode([header])
+            messages.decode([header])
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
@@ -223,10 +223,10 @@ def test_sizes_are_bounded_in_both_directions() -> None:
     too_many = [msgspec.msgpack.encode(act()), *[b"x"] * (protocol.MAX_ARRAYS + 1)]
     for parts in ([], too_many, [bytes(protocol.MAX_HEADER_BYTES + 1)]):
         with pytest.raises(MessageError) as caught:
-            protocol.decode(parts)
+            messages.decode(parts)
         assert caught.value.code == "too_large"
     with pytest.raises(MessageError) as caught:
-        protocol.encode(
+        messages.encode(
             protocol.Health(request=1), {"a": np.zeros((2, protocol.MAX_PART_BYTES // 2 + 1), np.uint8)}
         )
     assert caught.value.code == "too_large"
@@ -235,24 +235,24 @@ def test_sizes_are_bounded_in_both_directions() -> None:
 @pytest.mark.parametrize("array", [np.zeros(3), np.zeros(0, np.uint8), np.array(1, np.uint8)])
 def test_an_array_that_the_protocol_does_not_know_is_not_sent(array: np.ndarray) -> None:
     with pytest.raises(MessageError, match="'a'"):
-        protocol.encode(protocol.Health(request=1), {"a": array})
+        messages.encode(protocol.Health(request=1), {"a": array})
 
 
 def test_a_text_that_is_no_unicode_is_not_sent() -> None:
     observation = Observation({}, np.zeros(3, np.float32), "\ud800", 0)
     with pytest.raises(MessageError):
-        protocol.encode_observation(1, observation, [])
+        messages.encode_observation(1, observation, [])
 
 
 def test_a_strided_array_arrives_as_it_looks() -> None:
     wide = np.arange(24, dtype=np.uint8).reshape(4, 6)
-    message = protocol.decode(raw(protocol.encode(protocol.Health(request=1), {"a": wide[::2, ::-1]})))
+    message = messages.decode(raw(messages.encode(protocol.Health(request=1), {"a": wide[::2, ::-1]})))
     np.testing.assert_array_equal(message.arrays["a"], wide[::2, ::-1])
 
 
 def test_an_error_of_any_length_fits_in_a_message() -> None:
-    parts = raw(protocol.encode_error(4, ConfigError("x" * 100_000, "y" * 100_000)))
-    header = protocol.decode(parts).header
+    parts = raw(messages.encode_error(4, ConfigError("x" * 100_000, "y" * 100_000)))
+    header = messages.decode(parts).header
     assert isinstance(header, protocol.Error)
     assert (header.request, header.code) == (4, "bad_config")
     assert header.message.startswith("xxx")

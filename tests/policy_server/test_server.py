@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import zmq
 
-from policy_server import protocol
+from policy_server import messages, protocol
 from policy_server.address import require_local
 from policy_server.client import PolicyChangedError, PolicyClient, RemoteError
 from policy_server.served_policy import ServedPolicy
@@ -59,7 +59,7 @@ class RawClient:
         """Send ``parts`` and return the header of what comes back."""
         self.socket.send_multipart(parts)
         assert self.socket.poll(5000), "no answer"
-        return protocol.decode(self.socket.recv_multipart()).header
+        return messages.decode(self.socket.recv_multipart()).header
 
 
 def test_a_chunk_is_what_the_policy_answers(
@@ -116,26 +116,26 @@ def test_another_robot_is_refused_with_the_difference(server: PolicyServer) -> N
 
 def test_another_schema_is_refused_and_the_connection_stays(server: PolicyServer) -> None:
     with RawClient(server.address) as client:
-        newer = {"type": "hello", "schema": 3, "request": 8, "robot": "piper"}
+        newer = {"type": "hello", "schema": 4, "request": 8, "robot": "piper"}
         refusal = client.ask([msgspec.msgpack.encode(newer)])
         assert isinstance(refusal, protocol.Error)
         assert (refusal.code, refusal.request) == ("other_schema", 8)
         assert "same version" in refusal.remedy
-        assert isinstance(client.ask(protocol.encode(protocol.Health(request=9))), protocol.Status)
+        assert isinstance(client.ask(messages.encode(protocol.Health(request=9))), protocol.Status)
 
 
 def test_actions_need_a_hello(server: PolicyServer, observe: Observe) -> None:
     with RawClient(server.address) as client:
-        refusal = client.ask(protocol.encode_observation(1, observe(), ["head"]))
+        refusal = client.ask(messages.encode_observation(1, observe(), ["head"]))
         assert isinstance(refusal, protocol.Error)
         assert refusal.code == "no_handshake"
 
 
 def bad_messages(observation: Observation) -> dict[str, list[protocol.Part]]:
-    good = protocol.encode_observation(5, observation, ["head"])
+    good = messages.encode_observation(5, observation, ["head"])
 
     def changed(**changes: object) -> list[protocol.Part]:
-        return protocol.encode_observation(5, dataclasses.replace(observation, **changes), ["head"])
+        return messages.encode_observation(5, dataclasses.replace(observation, **changes), ["head"])
 
     image = observation.images["head"]
     nan = observation.state.copy()
@@ -149,11 +149,11 @@ def bad_messages(observation: Observation) -> dict[str, list[protocol.Part]]:
         "a hundred parts": [good[0], *[b"x"] * 100],
         "a header too large": [bytes(protocol.MAX_HEADER_BYTES + 1)],
         "cut image": [*good[:-1], bytes(good[-1])[:-1]],
-        "a server's message": protocol.encode(protocol.Error(request=5, code="x", message="", remedy="")),
-        "no state": protocol.encode(
+        "a server's message": messages.encode(protocol.Error(request=5, code="x", message="", remedy="")),
+        "no state": messages.encode(
             protocol.Act(request=5, instruction="", capture_ns=0), {"image/head": image}
         ),
-        "surplus array": protocol.encode(
+        "surplus array": messages.encode(
             protocol.Act(request=5, instruction="", capture_ns=0), {"state": nan, "other": nan}
         ),
         "state not finite": changed(state=nan),
@@ -161,7 +161,7 @@ def bad_messages(observation: Observation) -> dict[str, list[protocol.Part]]:
         "state of bytes": changed(state=np.zeros(7, np.uint8)),
         "image of another size": changed(images={"head": image[:10].copy()}),
         "image of floats": changed(images={"head": image.astype(np.float32)}),
-        "camera missing": protocol.encode_observation(5, observation, []),
+        "camera missing": messages.encode_observation(5, observation, []),
         "too many words": changed(instruction="can " * 100),
     }
 
@@ -169,9 +169,9 @@ def bad_messages(observation: Observation) -> dict[str, list[protocol.Part]]:
 def test_every_bad_message_gets_a_typed_error_and_the_next_good_one_an_answer(
     server: PolicyServer, embodiment: Embodiment, observe: Observe
 ) -> None:
-    good = protocol.encode_observation(6, observe(), ["head"])
+    good = messages.encode_observation(6, observe(), ["head"])
     with RawClient(server.address) as client:
-        client.ask(protocol.encode(protocol.Hello(request=1, embodiment=embodiment)))
+        client.ask(messages.encode(protocol.Hello(request=1, embodiment=embodiment)))
         for name, parts in bad_messages(observe()).items():
             refusal = client.ask(parts)
             assert isinstance(refusal, protocol.Error), name
@@ -337,7 +337,7 @@ def test_late_answers_are_thrown_away(embodiment: Embodiment) -> None:
     port = router.bind_to_random_port("tcp://127.0.0.1")
 
     def welcome(request: int, name: str) -> list[protocol.Part]:
-        return protocol.encode(
+        return messages.encode(
             protocol.Welcome(
                 request=request,
                 policy_id="a",
@@ -354,7 +354,7 @@ def test_late_answers_are_thrown_away(embodiment: Embodiment) -> None:
 
     def answer() -> None:
         client, *parts = router.recv_multipart()
-        request = protocol.decode(parts).header.request
+        request = messages.decode(parts).header.request
         router.send_multipart([client, *welcome(request + 1000, "late")])
         router.send_multipart([client, *welcome(request, "right")])
 
@@ -371,13 +371,13 @@ def test_late_answers_are_thrown_away(embodiment: Embodiment) -> None:
 def test_what_has_arrived_is_answered_before_the_server_stops(policy: ServedPolicy) -> None:
     with PolicyServer(policy, "tcp://127.0.0.1:*") as server, RawClient(server.address) as client:
         for request in range(1, 6):
-            client.socket.send_multipart(protocol.encode(protocol.Health(request=request)))
+            client.socket.send_multipart(messages.encode(protocol.Health(request=request)))
         client.socket.poll(200)  # nobody serves yet: gives the messages time to arrive
         server.stop()
         server.serve()
         answers = []
         while client.socket.poll(500):
-            answers.append(protocol.decode(client.socket.recv_multipart()).header.request)
+            answers.append(messages.decode(client.socket.recv_multipart()).header.request)
     assert answers == [1, 2, 3, 4, 5]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import zmq
 
-from policy_server import protocol
+from policy_server import messages, protocol
 from policy_server.client import PolicyClient, RemoteError
 from policy_server.jpeg import decode_jpeg, encode_jpeg
 from policy_server.metrics import Metrics, MetricsPage
@@ -40,7 +40,7 @@ def talking(server: PolicyServer, embodiment: Embodiment) -> Iterator[zmq.Socket
     try:
         raw = context.socket(zmq.DEALER)
         raw.connect(server.address)
-        raw.send_multipart(protocol.encode(protocol.Hello(request=0, embodiment=embodiment)))
+        raw.send_multipart(messages.encode(protocol.Hello(request=0, embodiment=embodiment)))
         assert isinstance(hear(raw), protocol.Welcome)
         yield raw
     finally:
@@ -49,11 +49,11 @@ def talking(server: PolicyServer, embodiment: Embodiment) -> Iterator[zmq.Socket
 
 def hear(raw: zmq.Socket[bytes]) -> protocol.Header:
     assert raw.poll(10_000), "no answer"
-    return protocol.decode(raw.recv_multipart()).header
+    return messages.decode(raw.recv_multipart()).header
 
 
 def say(raw: zmq.Socket[bytes], request: int, observation: Observation, deadline_ns: int = 0) -> None:
-    raw.send_multipart(protocol.encode_observation(request, observation, ["head"], deadline_ns=deadline_ns))
+    raw.send_multipart(messages.encode_observation(request, observation, ["head"], deadline_ns=deadline_ns))
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -78,7 +78,7 @@ def test_the_latest_request_wins_while_another_is_computed(
             refusal = hear(raw)
             assert isinstance(refusal, protocol.Error)
             assert (refusal.request, refusal.code) == (request, "superseded")
-        raw.send_multipart(protocol.encode(protocol.Health(request=9)))
+        raw.send_multipart(messages.encode(protocol.Health(request=9)))
         status = hear(raw)
         assert isinstance(status, protocol.Status)
         assert (status.waiting, status.state, status.clients) == (1, "ready", 1)
@@ -261,11 +261,11 @@ def test_jpeg_loses_little_and_is_refused_where_it_lies(
 
 
 def test_a_jpeg_is_unpacked_only_for_cameras_of_a_known_size(observe: Observe) -> None:
-    message = protocol.decode(protocol.encode_observation(1, observe(), ["head"], jpeg_quality=90))
-    assert protocol.decode_observation(message, SCREEN).images["head"].shape == (48, 64, 3)
+    message = messages.decode(messages.encode_observation(1, observe(), ["head"], jpeg_quality=90))
+    assert messages.decode_observation(message, SCREEN).images["head"].shape == (48, 64, 3)
     for sizes in ({}, {"head": (64, 49)}):
         with pytest.raises(protocol.MessageError):
-            protocol.decode_observation(message, sizes)
+            messages.decode_observation(message, sizes)
 
 
 def test_metrics_and_health_are_on_a_page(

@@ -1,0 +1,106 @@
+"""What goes out: chunks and refusals, encoded, sent, timed and counted."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+
+from policy_server import messages
+from policy_server.door import Peer
+from policy_server.metrics import Metrics
+from policy_server.protocol import CameraNeed, LocalOffer, SealedOffer, ServerTiming, Welcome
+from policy_server.served_policy import ServedPolicy, Split
+from simplevla.action_chunk import ActionChunk
+from simplevla.errors import SimplevlaError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """How a request's turn went: how long it waited, what it cost, when the answer was there."""
+
+    queued_ms: float
+    split: Split
+    ready_s: float
+
+
+class Answers:
+    """Sends and counts them. Safe from any thread.
+
+    Attributes:
+        answered: chunks sent.
+        refused: requests refused.
+    """
+
+    def __init__(self, metrics: Metrics | None) -> None:
+        """Take where to count, if anywhere."""
+        self._metrics = metrics
+        self._lock = threading.Lock()
+        self.answered = 0
+        self.refused = 0
+
+    def send_chunk(
+        self, peer: Peer, request: int, chunk: ActionChunk, receive_ms: float, turn: Turn
+    ) -> None:
+        """Send a chunk to who asked for it."""
+        timing = timing_of(receive_ms, turn, 1e3 * (time.perf_counter() - turn.ready_s))
+        peer.send(messages.encode_chunk(request, chunk, timing, time.monotonic_ns()))
+        self.count_answer(timing, time.perf_counter() - turn.ready_s)
+
+    def send_refusal(self, peer: Peer, request: int, error: SimplevlaError) -> None:
+        """Say no, and why."""
+        self.count_refusal(error)
+        _log.info("refused (%s): %.200s", error.code, error)
+        peer.send(messages.encode_error(request, error))
+
+    def count_answer(self, timing: ServerTiming, send_s: float) -> None:
+        """Count a chunk that was handed out."""
+        with self._lock:
+            self.answered += 1
+        if self._metrics:
+            self._metrics.answered(timing, send_s)
+
+    def count_refusal(self, error: SimplevlaError) -> None:
+        """Count a refusal."""
+        with self._lock:
+            self.refused += 1
+        if self._metrics:
+            self._metrics.refused(error.code)
+
+
+def timing_of(receive_ms: float, turn: Turn, send_ms: float) -> ServerTiming:
+    """Return where the time of an answer went."""
+    return ServerTiming(
+        receive_ms=receive_ms,
+        queue_ms=turn.queued_ms,
+        preprocess_ms=turn.split.preprocess_ms,
+        inference_ms=turn.split.inference_ms,
+        decode_ms=turn.split.decode_ms,
+        send_ms=send_ms,
+    )
+
+
+def welcome_to(
+    policy: ServedPolicy, request: int, *, local: LocalOffer | None, sealed: SealedOffer | None
+) -> Welcome:
+    """Return what is said to a hello: what ``policy`` is and needs, and which quicker ways there are."""
+    manifest = policy.manifest
+    cameras = [manifest.embodiment.camera(name) for name in manifest.cameras]
+    return Welcome(
+        request=request,
+        policy_id=policy.policy_id,
+        name=manifest.name,
+        cameras=tuple(CameraNeed(c.name, c.width, c.height) for c in cameras),
+        instructions=manifest.instructions,
+        chunk_length=manifest.chunk_length,
+        dt_s=manifest.dt_s,
+        action_space=manifest.action_space,
+        backend=policy.session.info.backend,
+        clock_ns=time.monotonic_ns(),
+        continues=policy.continues,
+        local=local,
+        sealed=sealed,
+    )
