@@ -176,6 +176,7 @@ class Door:
             if sealing.is_possible():
                 self._sealed = SealedListener(self.address, self._max_message_bytes)
                 self._mind(self._sealed)
+                _log.info("clients with keys send sealed pictures to port %d", self._sealed.port)
             else:
                 _log.warning("pictures of clients with keys are slow: cryptography is not installed")
 

@@ -40,7 +40,7 @@ from simplevla.observation import Observation, check_observation
 _POLL_S = 0.5
 _KNOWN_CLIENTS = 256
 _DRAIN_S = 5.0
-_BRIEF_S = 3e-4
+_BRIEF_S = 2e-4
 _MARGIN = 4  # an image of a wrong size is to be refused with words, not by hanging up
 
 _log = logging.getLogger(__name__)
