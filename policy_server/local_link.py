@@ -208,14 +208,14 @@ class LocalPeer:
             MessageError: it is none, or too large.
         """
         try:
-            size, _, flags, _ = self.socket.recvmsg_into([self._buffer])
+            size = self.socket.recv_into(self._buffer, 0, socket.MSG_TRUNC)
         except BlockingIOError:
             return []
         except OSError:
             return None
         if not size:
             return None
-        if flags & socket.MSG_TRUNC:
+        if size > len(self._buffer):
             raise MessageError("the datagram is too long", "send large arrays in a slot", code="too_large")
         return unpack(bytes(memoryview(self._buffer)[:size]), self._memory)
 
