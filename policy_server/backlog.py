@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 @dataclass
 class _Connection:
     who: Any
-    taken_bytes: int = 0
+    taken_bytes: int
     has_given: bool = False  # a whole message since the last look
 
 
@@ -72,7 +72,8 @@ class Backlog:
         while self._monitor.poll(0):
             handle = int(recv_monitor_message(self._monitor)["value"])
             if (who := _peer(handle)) is not None:
-                self._connections[handle] = _Connection(who)
+                # What it has brought by now may be whole messages that were taken before this look.
+                self._connections[handle] = _Connection(who, _received_bytes(handle))
         for handle, connection in list(self._connections.items()):
             # The number may be another connection's by now.
             if _peer(handle) != connection.who:

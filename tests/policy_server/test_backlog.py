@@ -69,6 +69,25 @@ def test_who_never_ends_a_message_is_hung_up_on() -> None:
         assert [len(received.parts) for received in got] == [2]
 
 
+def test_who_brings_much_before_the_first_look_is_no_offender() -> None:
+    with (
+        Door("tcp://127.0.0.1:*", max_part_bytes=1 << 20, max_message_bytes=1 << 20) as door,
+        dealer(door.address) as raw,
+    ):
+        door.receive(0.0)  # the next look is a tenth of a second away
+        flood = threading.Thread(
+            target=lambda: [raw.sendall(part(more=False, size=_PART_BYTES)) for _ in range(30)]
+        )
+        flood.start()
+        taken = 0
+        give_up_s = time.monotonic() + 5
+        while taken < 30 and time.monotonic() < give_up_s:
+            taken += len(door.receive(0.02))
+        flood.join(5)
+        assert taken == 30
+        assert not until_gone(door, raw, timeout_s=0.3)
+
+
 def test_many_whole_messages_and_one_that_is_slow_are_no_offence() -> None:
     with (
         Door("tcp://127.0.0.1:*", max_part_bytes=1 << 20, max_message_bytes=1 << 20) as door,
