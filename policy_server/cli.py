@@ -122,7 +122,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--spin",
         action="store_true",
-        help="keep waiting threads awake: lower latency, and a busy core for each",
+        help="keep threads awake between two inferences: lower latency, and a busy core for each",
     )
     parser.add_argument(
         "--compile",

@@ -48,7 +48,7 @@ class SessionOptions:
 
     Attributes:
         threads: threads for one inference; 0 leaves it to the library (all cores).
-        spin: waiting threads stay awake: lower latency, at the price of a busy core each.
+        spin: threads stay awake between two inferences: lower latency, at the price of a busy core each.
     """
 
     threads: int = 0

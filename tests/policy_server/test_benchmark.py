@@ -23,7 +23,7 @@ def test_the_benchmark_compares_every_way_to_ask() -> None:
     done = run("benchmarks.server_overhead", "--rounds", "10", "--burst", "2")
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 * (2 + 6)
+    assert len(rows) == 2 * (2 + 7)
     for name in ("ours, shared memory", "ours, TCP with CURVE", "openpi websocket", "plain ZMQ"):
         assert sum(row.startswith(f"| {name}") for row in rows) == 2
 
