@@ -19,6 +19,7 @@ import numpy as np
 from policy_server.datagram import MAX_DATAGRAM_BYTES, beside, unpack
 from policy_server.local_link import GoneError
 from policy_server.protocol import MessageError, Part
+from policy_server.waiting import Patience
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -30,7 +31,8 @@ _TAG_BYTES = 16
 _LENGTH_BYTES = 4
 PLACE_BYTES = MAX_DATAGRAM_BYTES + _LENGTH_BYTES + _TAG_BYTES
 _QUICK_BYTES = 1 << 16  # who sent that much at a time is about to send more
-_QUICK_MS = 1
+_QUICK_S = 1e-3
+_GAP_S = 5e-5  # between two blocks on one machine; a real network's are longer, and are slept through
 _AT_ONCE_BYTES = 8 << 20
 
 
@@ -107,6 +109,7 @@ class Reader:
         self._max_body_bytes = max_body_bytes
         self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
+        self._patience = Patience(_GAP_S)
         self._place = memoryview(bytearray(MAX_DATAGRAM_BYTES + _TAG_BYTES))
         self._steps = self._messages()
         self._wanted = self._next_size()
@@ -124,7 +127,7 @@ class Reader:
             try:
                 size = self._socket.recv_into(self._place[self._have : self._wanted])
             except BlockingIOError:
-                if taken >= _QUICK_BYTES and self._poll.poll(_QUICK_MS):
+                if taken >= _QUICK_BYTES and self._patience.wait(self._has_more, _QUICK_S):
                     continue
                 return None
             except OSError as error:
@@ -144,6 +147,9 @@ class Reader:
                     raise said
                 return said
         return None
+
+    def _has_more(self, timeout_s: float) -> bool:
+        return bool(self._poll.poll(1e3 * timeout_s))
 
     def _next_size(self) -> int:
         size = next(self._steps)
