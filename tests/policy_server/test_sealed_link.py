@@ -258,6 +258,20 @@ def test_offers_come_through_curve_alone_and_are_not_shown(
     assert "ab" * 32 not in repr(SealedOffer(1, "0" * 32, "ab" * 32, "ab" * 32))
 
 
+def test_a_server_may_leave_the_port_out(
+    tmp_path: Path, policy: ServedPolicy, embodiment: Embodiment, observe: Observe, serving: Serving
+) -> None:
+    make_keys(tmp_path, "server")
+    allow_client(tmp_path, make_keys(tmp_path, "robot"))
+    keys = ClientKeys.load(tmp_path, "robot")
+    with (
+        serving(policy, keys=ServerKeys.load(tmp_path), sealed=False) as server,
+        PolicyClient(server.address, embodiment=embodiment, timeout_s=10, keys=keys, local=False) as client,
+    ):
+        assert client.transport == "network"
+        assert client.act(observe()).chunk.length == 3
+
+
 def test_where_the_port_is_shut_a_client_stays_with_curve(
     tmp_path: Path,
     policy: ServedPolicy,
