@@ -98,6 +98,11 @@ class ServedPolicy:
         Args:
             observations: at most ``max_batch``.
         """
+        if len(observations) == 1:
+            try:
+                return [self.answer(observations[0])]
+            except SimplevlaError as error:
+                return [error.with_traceback(None)]
         start = time.perf_counter()
         inputs: list[dict[str, NDArray[Any]] | SimplevlaError] = []
         for observation in observations:
