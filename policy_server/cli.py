@@ -84,8 +84,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--curve-only",
         action="store_true",
-        help="let clients with keys send images through CURVE too, which is slower, instead of through the "
-        "next port, sealed with AES",
+        help="let clients with keys send images through CURVE too, which is slower, instead of sealed with "
+        "AES through a port 1000 above that of the address",
     )
     parser.add_argument(
         "--wait-spin-us",

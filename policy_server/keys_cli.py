@@ -14,8 +14,8 @@ machine they were made on; public ones may be sent by any way that nobody can ch
 On the robot PC the trial and bring-up find their keys by SIMPLEVLA_KEYS=~/.config/simplevla/keys. A
 client that is forgotten cannot connect any more; a connection it has lasts until it ends.
 
-Pictures go sealed through the port behind the server's: let a firewall pass both (5555, 5556). Where only
-the first is open they go through it too, more slowly.
+Pictures go sealed through a port 1000 above the server's: let a firewall pass both (5555 and 6555). Where
+only the first is open they go through it too, more slowly.
 
 examples, on the server:
   simplevla keys new server

@@ -34,6 +34,7 @@ from simplevla.errors import UnavailableError
 
 _MAGIC = b"SVS1"
 _TICKET_BYTES = 16
+_PORTS_ABOVE = 1000
 _OFFERS = 64
 _OFFER_S = 10.0
 _GREETING_S = 2.0
@@ -112,7 +113,10 @@ class SealedLink:
             GoneError: the server is gone, or somebody else speaks.
             MessageError: what came is no message.
         """
-        return self._patience.wait(self._look, timeout_s)
+        give_up_s = time.monotonic() + timeout_s
+        while not (heard := self._patience.wait(self._look, timeout_s)) and timeout_s > 0:
+            timeout_s = give_up_s - time.monotonic()  # what came may have been a part of a message
+        return heard
 
     def close(self) -> None:
         """Let go of the socket; safe to call twice."""
@@ -206,7 +210,7 @@ class SealedListener:
     """Where clients that CURVE has let in may come instead: a TCP port beside ZMQ's."""
 
     def __init__(self, address: str, max_body_bytes: int) -> None:
-        """Listen on the port behind that of ``address``, or on a free one if that is taken.
+        """Listen 1000 ports above ``address``, or on a free port if that one is taken.
 
         Args:
             address: ``tcp://host:port``, as ZMQ has bound it.
@@ -220,7 +224,7 @@ class SealedListener:
         host = host.strip("[]")
         family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
         try:
-            self.socket = socket.create_server((host, int(port) + 1), family=family, backlog=64)
+            self.socket = socket.create_server((host, int(port) + _PORTS_ABOVE), family=family, backlog=64)
         except (OSError, OverflowError):
             self.socket = socket.create_server((host, 0), family=family, backlog=64)
         self.socket.setblocking(False)
@@ -267,12 +271,13 @@ class SealedListener:
 def _prepare(connection: socket.socket) -> None:
     """Send at once, and notice within seconds that the other machine is gone."""
     connection.setblocking(False)
-    for level, option, value in (
-        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1),
-        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1),
-        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _SILENCE_S),
-        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _SILENCE_S),
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        ("TCP_KEEPIDLE", 1),
+        ("TCP_KEEPINTVL", 1),
+        ("TCP_KEEPCNT", _SILENCE_S),
+        ("TCP_USER_TIMEOUT", 1000 * _SILENCE_S),
     ):
-        connection.setsockopt(level, option, value)
+        if hasattr(socket, option):  # a robot's Linux has them all
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

@@ -16,11 +16,12 @@ import pytest
 
 from policy_server import messages, protocol
 from policy_server.client import PolicyClient
+from policy_server.datagram import split
 from policy_server.keys import ClientKeys, ServerKeys, allow_client, make_keys
 from policy_server.local_link import GoneError
 from policy_server.protocol import MessageError, Part, SealedOffer
 from policy_server.sealed_link import SealedLink, SealedListener, SealedPeer
-from policy_server.sealing import BLOCK_BYTES
+from policy_server.sealing import BLOCK_BYTES, sealed
 from policy_server.served_policy import ServedPolicy
 from policy_server.server import PolicyServer
 from simplevla.embodiment import Embodiment
@@ -113,6 +114,26 @@ def test_what_goes_in_comes_out_in_both_directions(listener: SealedListener, siz
             back = link.receive(5)
             assert back is not None
             assert [bytes(part) for part in back] == [bytes(part) for part in message(1000)]
+
+
+def test_an_answer_that_comes_in_pieces_is_waited_for(listener: SealedListener) -> None:
+    with closing(SealedLink("127.0.0.1", listener.offer(), 5)) as link, closing(greeted(listener)) as peer:
+        (answer,) = sealed(
+            peer._ours, split([b"header", b"words"], -1)[0], (), memoryview(bytearray(300_000))
+        )
+        whole = bytes(answer)
+
+        def drip() -> None:
+            for byte in whole:
+                peer.socket.send(bytes([byte]))
+                time.sleep(0.001)
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        assert link.receive(5) == [b"header", b"words"]
+        thread.join()
+        assert link.receive(0.0) is None
+        assert link.receive(0.02) is None
 
 
 def test_nothing_that_was_said_can_be_read_on_the_way(listener: SealedListener) -> None:
