@@ -155,7 +155,7 @@ def _serve(args: argparse.Namespace) -> int:
         swap = HotSwap(
             server,
             args.bundle,
-            lambda found: _open_policy(found, args),
+            lambda found: _open_policy(found, args, server.backend),
             _log.debug if metrics is None else metrics.swap,
         )
         resources.enter_context(swap)
@@ -176,7 +176,8 @@ def _serve(args: argparse.Namespace) -> int:
     return 0
 
 
-def _open_policy(bundle: Bundle, args: argparse.Namespace) -> ServedPolicy:
+def _open_policy(bundle: Bundle, args: argparse.Namespace, like: str = "") -> ServedPolicy:
+    """Load what answers; with ``auto`` in the back end ``like`` if it can, since measuring disturbs."""
     from policy_server.backends import open_session
     from policy_server.backends.base import SessionOptions
     from policy_server.served_policy import ServedPolicy
@@ -190,7 +191,7 @@ def _open_policy(bundle: Bundle, args: argparse.Namespace) -> ServedPolicy:
     if args.backend == AUTO:
         from policy_server.quickest import open_quickest
 
-        return ServedPolicy.of(bundle, open_quickest(bundle, options, precision=args.precision))
+        return ServedPolicy.of(bundle, open_quickest(bundle, options, precision=args.precision, like=like))
     session = open_session(bundle, args.backend, options, precision=args.precision)
     return ServedPolicy.of(bundle, session)
 

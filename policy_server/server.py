@@ -161,6 +161,11 @@ class PolicyServer:
         """The served bundle's identity."""
         return self._incumbent.policy.policy_id
 
+    @property
+    def backend(self) -> str:
+        """What computes now."""
+        return self._incumbent.policy.session.info.backend
+
     def stop(self) -> None:
         """Make :meth:`serve` answer what has arrived and return; safe from any thread and from a signal."""
         self._stop.set()
@@ -246,7 +251,7 @@ class PolicyServer:
             return protocol.Status(
                 request=request,
                 policy_id=self._incumbent.policy.policy_id,
-                backend=self._incumbent.policy.session.info.backend,
+                backend=self.backend,
                 uptime_s=time.monotonic() - self._ready_since,
                 answered=self._answers.answered,
                 refused=self._answers.refused,

@@ -52,6 +52,16 @@ def test_what_is_not_compiled_is_left_out(bundle: Bundle, monkeypatch: pytest.Mo
     assert open_quickest(bundle).info.backend == "openvino"
 
 
+def test_a_hot_swap_keeps_the_back_end_and_measures_nothing(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    openable(monkeypatch, {"onnxruntime": 0.0, "openvino": 0.02})
+    monkeypatch.setattr(quickest, "interleaved", None)
+    assert open_quickest(bundle, like="openvino").info.backend == "openvino"
+    openable(monkeypatch, {"onnxruntime": 0.0})
+    assert open_quickest(bundle, like="openvino").info.backend == "onnxruntime"
+
+
 def test_without_any_engine_the_first_says_why(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     openable(monkeypatch, {})
     with pytest.raises(EngineError, match="no engine for onnxruntime"):
