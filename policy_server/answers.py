@@ -13,7 +13,7 @@ from policy_server.metrics import Metrics
 from policy_server.protocol import CameraNeed, LocalOffer, SealedOffer, ServerTiming, Welcome
 from policy_server.served_policy import ServedPolicy, Split
 from simplevla.action_chunk import ActionChunk
-from simplevla.errors import SimplevlaError
+from simplevla.errors import SimplevlaError, UnavailableError
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +69,47 @@ class Answers:
             self.refused += 1
         if self._metrics:
             self._metrics.refused(error.code)
+
+
+class Call:
+    """Waits for the answer to one request that came from within this process."""
+
+    def __init__(self, answers: Answers) -> None:
+        """Begin: the request is being taken in."""
+        self._answers = answers
+        self._done = threading.Event()
+        self._outcome: SimplevlaError | tuple[ActionChunk, ServerTiming] | None = None
+        self._start_s = self._received_s = time.perf_counter()
+
+    def received(self) -> None:
+        """Take note that the request is checked, and goes to where it waits for its turn."""
+        self._received_s = time.perf_counter()
+
+    def answer(self, chunk: ActionChunk, turn: Turn) -> None:
+        """Take the answer."""
+        timing = timing_of(1e3 * (self._received_s - self._start_s), turn, 0.0)
+        self._answers.count_answer(timing, 0.0)
+        self._outcome = chunk, timing
+        self._done.set()
+
+    def refuse(self, error: SimplevlaError) -> None:
+        """Take a refusal."""
+        self._answers.count_refusal(error)
+        self._outcome = error
+        self._done.set()
+
+    def result(self, timeout_s: float) -> tuple[ActionChunk, ServerTiming]:
+        """Return the answer when it is there.
+
+        Raises:
+            SimplevlaError: the request was refused, or the policy could not answer.
+            UnavailableError: there was no answer in time.
+        """
+        if not self._done.wait(timeout_s) or self._outcome is None:
+            raise UnavailableError("the policy did not answer in time", "ask again")
+        if isinstance(self._outcome, SimplevlaError):
+            raise self._outcome
+        return self._outcome
 
 
 def timing_of(receive_ms: float, turn: Turn, send_ms: float) -> ServerTiming:

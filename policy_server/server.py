@@ -20,7 +20,7 @@ from typing import Any
 
 from policy_server import messages, protocol
 from policy_server.address import require_local
-from policy_server.answers import Answers, Turn, timing_of, welcome_to
+from policy_server.answers import Answers, Call, Turn, welcome_to
 from policy_server.datagram import slot_bytes
 from policy_server.door import Door, Peer, Received
 from policy_server.hot_swap import require_swappable
@@ -34,7 +34,7 @@ from policy_server.waiting import SPIN_S
 from simplevla.action_chunk import ActionChunk
 from simplevla.bundle import Manifest
 from simplevla.embodiment import require_same
-from simplevla.errors import SimplevlaError, UnavailableError
+from simplevla.errors import SimplevlaError
 from simplevla.observation import Observation, check_observation
 
 _POLL_S = 0.5
@@ -218,32 +218,12 @@ class PolicyServer:
             SimplevlaError: it was refused, or the policy could not answer.
             UnavailableError: there was no answer in time.
         """
-        start_s = time.perf_counter()
+        call = Call(self._answers)
         check_observation(observation, self.manifest.embodiment, self.manifest.cameras)
-        done = threading.Event()
-        outcome: list[SimplevlaError | tuple[ActionChunk, protocol.ServerTiming]] = []
-
-        def take(answer: SimplevlaError | tuple[ActionChunk, protocol.ServerTiming]) -> None:
-            outcome.append(answer)
-            done.set()
-
-        def answer(chunk: ActionChunk, turn: Turn) -> None:
-            timing = timing_of(1e3 * (received_s - start_s), turn, 0.0)
-            self._answers.count_answer(timing, 0.0)
-            take((chunk, timing))
-
-        def refuse(error: SimplevlaError) -> None:
-            self._answers.count_refusal(error)
-            take(error)
-
-        received_s = time.perf_counter()
-        self._admit(client, observation, time.monotonic() + timeout_s, refuse, answer)
+        call.received()
+        self._admit(client, observation, time.monotonic() + timeout_s, call.refuse, call.answer)
         self._door.wake()
-        if not done.wait(timeout_s):
-            raise UnavailableError("the policy did not answer in time", "ask again")
-        if isinstance(outcome[0], SimplevlaError):
-            raise outcome[0]
-        return outcome[0]
+        return call.result(timeout_s)
 
     def status(self, request: int = 0) -> protocol.Status:
         """Return how it is; safe from any thread."""
