@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -171,6 +172,9 @@ def _serve(args: argparse.Namespace) -> int:
             endpoint = resources.enter_context(OpenpiEndpoint(server, args.openpi_port))
             _log.info("openpi's clients are answered at ws://127.0.0.1:%d", endpoint.port)
         who = f"{bundle.manifest.name} {bundle.id[:12]}"
+        # What is loaded by now stays: to look through it for garbage again and again would hold up answers.
+        gc.collect()
+        gc.freeze()
         print(f"ready: {who} on {server.address} ({policy.session.info.backend})", flush=True)
         server.serve()
     return 0
