@@ -1,28 +1,28 @@
 """One MCAP a trial: what was seen, asked, answered, sent and measured, as raw DDS messages.
 
-A :class:`TopicTap` holds the subscriptions for a whole run, so that no trial waits for discovery;
-for each trial a :class:`TrialRecorder` takes what the tap hears, through a bounded queue, to a
-writer thread. Messages stay the serialised bytes that came off the wire (CDR): nothing is decoded
-or encoded on the way. When the disk cannot keep up images go first, and are counted; joints,
+A :class:`~robot_bridge.nodes.topic_tap.TopicTap` holds the subscriptions for a whole run, so that no trial
+waits for discovery; for each trial a :class:`TrialRecorder` takes what the tap hears, through a bounded
+queue, to a writer thread. Messages stay the serialised bytes that came off the wire (CDR): nothing is
+decoded or encoded on the way. When the disk cannot keep up images go first, and are counted; joints,
 setpoints and chunks are never dropped.
 
 A recording is a rosbag2 folder ``<name>/`` with ``<name>.mcap`` and ``metadata.yaml``, as ``ros2
 bag`` and Foxglove open it. While it grows it lies in ``interrupted/``; it moves to its place only
-when it is whole. So what a crash leaves behind is kept, under a name that says what it is.
+when it is whole. So what a crash leaves behind is kept, under a name that says what it is, and
+:mod:`robot_bridge.recovery` makes a recording of it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
+import fcntl
 import json
 import logging
 import os
 import struct
 import threading
-import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,12 +32,14 @@ from numpy.typing import NDArray
 
 from simplevla.embodiment import Embodiment
 from simplevla.errors import MissingExtraError, RecordError
+from simplevla.files import write_atomic
 
 if TYPE_CHECKING:
-    from rclpy.node import Node
     from rosbags.typesys.store import Typestore
 
 INTERRUPTED = "interrupted"
+ABOUT = "about.json"  # beside an unfinished recording: what its metadata will be
+NAMESPACE, DROPPED = "namespace", "dropped"  # keys of a recording's metadata
 JOINT_STATE = "sensor_msgs/msg/JointState"
 COMPRESSED_IMAGE = "sensor_msgs/msg/CompressedImage"
 DIAGNOSTICS = "diagnostic_msgs/msg/DiagnosticArray"
@@ -45,9 +47,6 @@ TRAJECTORY = "trajectory_msgs/msg/JointTrajectory"
 
 _PENDING_BYTES = 32 << 20
 _FAILED_BYTES = 512 << 20
-_QUEUE_DEPTH = 2000
-_NAMESPACE = "namespace"
-_DROPPED = "dropped"
 _logger = logging.getLogger(__name__)
 
 
@@ -56,14 +55,22 @@ class RecordedTopic:
     """A topic to record.
 
     Attributes:
-        name: relative name; the tap's node resolves it in its namespace.
+        name: in the stack's namespace.
         type: message type, such as ``sensor_msgs/msg/JointState``.
         vital: never dropped, and asked for reliably; the others go first when the disk is slow.
+        latched: said once, for whoever comes later; every recording begins with it.
+        shared: one topic of all namespaces.
     """
 
     name: str
     type: str
     vital: bool = True
+    latched: bool = False
+    shared: bool = False
+
+    def resolved(self, namespace: str) -> str:
+        """Return the topic's absolute name for a stack in ``namespace``."""
+        return f"/{self.name}" if self.shared else f"{namespace.rstrip('/')}/{self.name}"
 
 
 def trial_topics(embodiment: Embodiment) -> tuple[RecordedTopic, ...]:
@@ -85,7 +92,9 @@ def trial_topics(embodiment: Embodiment) -> tuple[RecordedTopic, ...]:
         RecordedTopic("policy/state", DIAGNOSTICS),
         RecordedTopic("arms/executed", DIAGNOSTICS),
         RecordedTopic("arms/limits", DIAGNOSTICS),
-        RecordedTopic("diagnostics", DIAGNOSTICS),
+        RecordedTopic("diagnostics", DIAGNOSTICS, shared=True),
+        RecordedTopic("robot_description", "std_msgs/msg/String", latched=True),
+        RecordedTopic("static_transforms", "geometry_msgs/msg/TransformStamped", latched=True),
         *cameras,
     )
 
@@ -137,8 +146,13 @@ class TrialRecorder:
                 raise RecordError(f"{path} exists already", "record into a new folder")
         self._topics = {topic.name: topic for topic in topics}
         self._max_pending_bytes = max_pending_bytes
-        self._writer, self._connections = _open_bag(self._scratch, self._topics.values(), namespace)
-        for key, value in {**(metadata or {}), _NAMESPACE: namespace}.items():
+        self._writer, self._connections = open_bag(self._scratch, self._topics.values(), namespace)
+        custom = {**(metadata or {}), NAMESPACE: namespace}
+        # The writer keeps it until the end, which may never come.
+        write_atomic(self._scratch / ABOUT, json.dumps(custom).encode())
+        self._lock = (self._scratch / ABOUT).open("rb")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)  # the kernel gives it back with the process: see recovery
+        for key, value in custom.items():
             self._writer.set_custom_data(key, value)
         self._pending: deque[tuple[RecordedTopic, int, bytes]] = deque()
         self._pending_bytes = 0
@@ -164,6 +178,16 @@ class TrialRecorder:
     def folder(self) -> Path:
         """Where the recording lies once it is finished."""
         return self._final
+
+    @property
+    def so_far(self) -> RecordingSummary:
+        """What was written and dropped until now."""
+        return RecordingSummary(self._final, dict(self._counts), dict(self._dropped))
+
+    @property
+    def pending_bytes(self) -> int:
+        """What waits to be written, bytes."""
+        return self._pending_bytes
 
     def write(self, topic: str, data: bytes, stamp_ns: int) -> None:
         """Queue one serialised message; never blocks, and does nothing once the recording ends.
@@ -199,8 +223,9 @@ class TrialRecorder:
         self._stop()
         if self._failure is None:
             try:
-                self._writer.set_custom_data(_DROPPED, json.dumps(dict(self._dropped)))
+                self._writer.set_custom_data(DROPPED, json.dumps(dict(self._dropped)))
                 self._writer.close()
+                (self._scratch / ABOUT).unlink()
                 _fsync(self._scratch)
                 os.rename(self._scratch, self._final)
                 with contextlib.suppress(OSError):
@@ -231,6 +256,7 @@ class TrialRecorder:
             self._closing = True
             self._changed.notify()
         self._thread.join()
+        self._lock.close()
 
     def _drop_pending_images(self) -> None:
         kept = deque(entry for entry in self._pending if entry[0].vital)
@@ -256,57 +282,6 @@ class TrialRecorder:
                     self._pending.clear()
                 return
             self._counts[topic.name] += 1
-
-
-class TopicTap:
-    """Subscriptions to every recorded topic, for as long as the node lives.
-
-    Callbacks only stamp and hand on.
-
-    Attributes:
-        recorder: where to, or None between trials.
-        latest: {topic: (when it was last heard, ns of the system clock; the serialised message)}.
-    """
-
-    def __init__(
-        self,
-        node: Node,
-        topics: Iterable[RecordedTopic],
-        *,
-        clock_ns: Callable[[], int] = time.time_ns,
-    ) -> None:
-        from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
-
-        self.topics = tuple(topics)
-        self.recorder: TrialRecorder | None = None
-        self.latest: dict[str, tuple[int, bytes]] = {}
-        self._clock_ns = clock_ns
-        for topic in self.topics:
-            profile = QoSProfile(
-                history=HistoryPolicy.KEEP_LAST,
-                depth=_QUEUE_DEPTH if topic.vital else 10,
-                reliability=ReliabilityPolicy.RELIABLE if topic.vital else ReliabilityPolicy.BEST_EFFORT,
-            )
-            node.create_subscription(
-                message_class(topic.type), topic.name, self._handler(topic.name), profile, raw=True
-            )
-
-    def _handler(self, name: str) -> Callable[[bytes], None]:
-        def hear(data: bytes) -> None:
-            now_ns = self._clock_ns()
-            self.latest[name] = (now_ns, data)
-            recorder = self.recorder
-            if recorder is not None:
-                recorder.write(name, data, now_ns)
-
-        return hear
-
-
-def message_class(message_type: str) -> type:
-    """Return the rclpy class of a type such as ``sensor_msgs/msg/JointState``."""
-    package, kind, name = message_type.split("/")
-    found: type = getattr(importlib.import_module(f"{package}.{kind}"), name)
-    return found
 
 
 @dataclass(frozen=True)
@@ -401,14 +376,14 @@ def read_recording(path: Path, *, images: bool = True) -> Recording:
     try:
         with Reader(path) as reader:
             custom = dict(reader.storage.metadata.custom or {})
-            prefix = custom.pop(_NAMESPACE, "/").rstrip("/") + "/"
-            dropped = json.loads(custom.pop(_DROPPED, "{}"))
+            prefix = custom.pop(NAMESPACE, "/").rstrip("/") + "/"
+            dropped = json.loads(custom.pop(DROPPED, "{}"))
             for connection in reader.connections:
-                name = connection.topic.removeprefix(prefix)
+                name = connection.topic.removeprefix(prefix).lstrip("/")
                 counts[name], types[name], messages[name] = connection.msgcount, connection.msgtype, []
             wanted = [c for c in reader.connections if images or c.msgtype != COMPRESSED_IMAGE]
             for connection, _, data in reader.messages(connections=wanted):
-                name = connection.topic.removeprefix(prefix)
+                name = connection.topic.removeprefix(prefix).lstrip("/")
                 messages[name].append(_decode(store, data, connection.msgtype))
     except (ReaderError, OSError, ValueError, KeyError, AssertionError, struct.error) as error:
         raise RecordError(f"the recording {path} is damaged: {error}", "it cannot be read") from error
@@ -437,7 +412,13 @@ def read_recording(path: Path, *, images: bool = True) -> Recording:
     )
 
 
-def _open_bag(folder: Path, topics: Iterable[RecordedTopic], namespace: str) -> tuple[Any, dict[str, Any]]:
+def open_bag(folder: Path, topics: Iterable[RecordedTopic], namespace: str) -> tuple[Any, dict[str, Any]]:
+    """Return a writer of a new bag in ``folder``, and {topic's name: its connection}.
+
+    Raises:
+        RecordError: the folder cannot be written.
+        MissingExtraError: rosbags is not installed.
+    """
     try:
         from rosbags.rosbag2 import StoragePlugin, Writer
         from rosbags.typesys import Stores, get_typestore
@@ -451,9 +432,8 @@ def _open_bag(folder: Path, topics: Iterable[RecordedTopic], namespace: str) -> 
         raise RecordError(
             f"{folder} cannot be written: {error.strerror}", "choose another folder"
         ) from error
-    prefix = namespace.rstrip("/")
     return writer, {
-        topic.name: writer.add_connection(f"{prefix}/{topic.name}", topic.type, typestore=store)
+        topic.name: writer.add_connection(topic.resolved(namespace), topic.type, typestore=store)
         for topic in topics
     }
 

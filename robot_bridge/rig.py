@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ import msgspec
 import yaml
 from msgspec import Meta
 
+from simplevla.cli import require_choice
 from simplevla.config import Config, load_yaml
 from simplevla.embodiment import Embodiment, load_embodiment
 from simplevla.errors import ConfigError
@@ -99,8 +101,26 @@ class Rig(Config):
         return self.twin is not None
 
     def load_embodiment(self) -> Embodiment:
-        """Return the embodiment that this rig plugs in; see :func:`load_embodiment`."""
-        return load_embodiment(self.embodiment)
+        """Return the embodiment that this rig plugs in, with the arms that this rig has."""
+        embodiment = load_embodiment(self.embodiment)
+        arms = tuple(arm for arm in embodiment.arms if arm.name in self.arms)
+        return embodiment if arms == embodiment.arms else msgspec.structs.replace(embodiment, arms=arms)
+
+    def with_arms(self, names: Sequence[str]) -> Rig:
+        """Return this rig with the arms ``names`` alone; with all of them if none is named.
+
+        Raises:
+            ConfigError: one is unknown.
+        """
+        for name in names:
+            require_choice("arm", name, list(self.arms))
+        arms = {name: port for name, port in self.arms.items() if not names or name in names}
+        return msgspec.structs.replace(self, arms=arms)
+
+
+def named(text: str) -> list[str]:
+    """Return the names that ``text`` separates by commas."""
+    return [name for name in text.replace(" ", "").split(",") if name]
 
 
 def load_rig(name: str) -> Rig:
@@ -121,7 +141,7 @@ def load_rig(name: str) -> Rig:
             )
         path = folder / f"{name}.yaml"
     rig = load_yaml(path, Rig)
-    embodiment = rig.load_embodiment()
+    embodiment = load_embodiment(rig.embodiment)
     for kind, have, want in (
         ("arm", set(rig.arms), {arm.name for arm in embodiment.arms}),
         ("camera", set(rig.cameras), {camera.name for camera in embodiment.cameras}),

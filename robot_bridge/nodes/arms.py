@@ -1,19 +1,22 @@
 """The arms' node: trajectories in, joint states out, and the services that a person needs.
 
-One process drives every arm of the rig. Motors are off at the start.
+One process drives every arm of the rig. Motors are off at the start. A lifecycle node
+(:mod:`robot_bridge.nodes.managed`): inactive, it reads the arms, and stops and holds them; active, it takes
+trajectories too, and enables them.
 
 =========================  ==================================================================
 subscribes                 ``joint_trajectory`` (trajectory_msgs/JointTrajectory): all of the
                            embodiment's names; ``header.stamp`` is the start, target i is for
-                           ``(i + 1) dt`` after it
+                           ``(i + 1) dt`` after it; ``estop`` (:mod:`robot_bridge.nodes.stop_line`)
 publishes                  ``joint_states`` (measured), ``setpoints`` (what was really sent),
                            ``arms/executed`` (keyed by a trajectory's stamp: when its first
                            setpoint went out, how many targets were played, and by when),
-                           ``arms/limits`` (a cause beginning to act on a joint), where the bases
-                           stand (:mod:`robot_bridge.nodes.transforms`),
-                           ``diagnostics`` at 1 Hz
+                           ``arms/limits`` (a cause beginning to act on a joint),
+                           ``/diagnostics`` at 1 Hz
 services, std_srvs/Trigger  ``~/enable``, ``~/go_home``, ``~/hold``, ``~/estop``, and, for a
                            person with the arms supported, ``~/disable`` and ``~/reset``
+with ``piper_topics``      what the vendor's ROS driver offers, for each arm
+                           (:mod:`robot_bridge.nodes.piper_topics`)
 =========================  ==================================================================
 """
 
@@ -28,8 +31,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
-from diagnostic_msgs.msg import DiagnosticArray
-from rclpy.node import Node
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from sensor_msgs.msg import JointState
 from trajectory_msgs.msg import JointTrajectory
 
@@ -38,21 +40,12 @@ from robot_bridge.clearance import TABLE_TOP_M, Workspace
 from robot_bridge.control_loop import ControlLoop, Mode, Tick
 from robot_bridge.drivers.choice import arm_driver
 from robot_bridge.limits import Limiter, LimitEvent
-from robot_bridge.nodes.process import (
-    declare,
-    declare_record,
-    destroying,
-    diagnostics,
-    run_node,
-    set_stamp,
-    stamp_ns,
-    status,
-    trigger,
-)
-from robot_bridge.nodes.transforms import publish_transforms
+from robot_bridge.nodes.managed import ManagedNode
+from robot_bridge.nodes.piper_topics import PiperTopics
+from robot_bridge.nodes.process import diagnostics, run_node, set_stamp, stamp_ns, status, trigger
+from robot_bridge.nodes.stop_line import stop_line
 from robot_bridge.priority import ask_for_priority
-from robot_bridge.rig import load_rig
-from simplevla.embodiment import Embodiment
+from robot_bridge.rig import load_rig, named
 from simplevla.errors import ChunkError, SimplevlaError
 from simplevla.session_record import calibrated
 
@@ -66,89 +59,97 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the node until it is asked to end; return the exit status."""
     ask_for_priority()
     sys.setswitchinterval(0.0005)  # the loop's turn must not wait 5 ms for another thread's
-    return run_node("arms", open_arms, sys.argv if argv is None else argv)
+    return run_node("arms", ArmsNode, sys.argv if argv is None else argv)
 
 
-@contextmanager
-def open_arms() -> Iterator[ArmsNode]:
-    """Yield the node with its drivers open and its loop running; parameters come from ROS."""
-    node = ArmsNode()
-    with destroying(node), ExitStack() as resources:
-        rig = load_rig(node.rig_name)
-        embodiment = calibrated(rig.load_embodiment(), node.record)
-        drivers = [resources.enter_context(arm_driver(rig, arm, node.record)) for arm in embodiment.arms]
-        limiter = Limiter(embodiment, Workspace(embodiment, table_top_m=node.table_top_m))
-        publish_transforms(node, {f"{arm.name}_base": arm.base for arm in embodiment.arms})
-        loop = ControlLoop(
-            embodiment, drivers, limiter, node.on_tick, max_feedback_age_s=node.max_feedback_age_s
-        )
-        node.attach(embodiment, loop)
-        gc.collect()
-        gc.freeze()  # what exists now stays; no later collection has to walk through it
-        resources.enter_context(loop)
-        yield node
-
-
-class ArmsNode(Node):
+class ArmsNode(ManagedNode):
     """ROS's view of a :class:`~robot_bridge.control_loop.ControlLoop`."""
 
     def __init__(self) -> None:
         super().__init__("arms")
-        self.rig_name: str = declare(
-            self, "rig", "twin", "name of a rig in config/rig, or a path to a .yaml file"
-        )
-        self.record = declare_record(self)
-        measured = self.record.table_top_m if self.record else None
-        self.table_top_m: float = declare(
-            self,
+        self.declare("rig", "twin", "name of a rig in config/rig, or a path to a .yaml file")
+        self.declare("arms", "", "names of the arms to drive, by commas; empty: all of the rig")
+        self.declare_record()
+        self.declare(
             "table_top_m",
-            TABLE_TOP_M if measured is None else measured,
-            "height of the table's top in the world frame, m; as measured, if it was",
+            TABLE_TOP_M,
+            "height of the table's top in the world frame, m; a session record's replaces the default",
             low=-2,
             high=3,
         )
-        self.max_feedback_age_s: float = declare(
-            self,
-            "max_feedback_age_s",
-            0.1,
-            "joint feedback older than this: the arms hold, s",
-            low=0.01,
-            high=1,
+        self.declare(
+            "max_feedback_age_s", 0.1, "joint feedback older than this: the arms hold, s", low=0.01, high=1
         )
-        self._publish_rate_hz: float = declare(
-            self, "publish_rate_hz", 100.0, "rate of joint_states and setpoints, Hz", low=1, high=200
-        )
+        self.declare("publish_rate_hz", 100.0, "rate of joint_states and setpoints, Hz", low=1, high=200)
+        self.declare("piper_topics", False, "offer the topics of the vendor's ROS driver as well")
+
+    @contextmanager
+    def configured(self) -> Iterator[None]:
+        """Open the drivers and run the loop; motors stay as they are found."""
+        with ExitStack() as resources:
+            record = self.record()
+            rig = load_rig(self.value("rig")).with_arms(named(self.value("arms")))
+            embodiment = calibrated(rig.load_embodiment(), record)
+            drivers = [resources.enter_context(arm_driver(rig, arm, record)) for arm in embodiment.arms]
+            table_top_m = self.value("table_top_m")
+            if record and record.table_top_m is not None and table_top_m == TABLE_TOP_M:
+                table_top_m = record.table_top_m
+            limiter = Limiter(embodiment, Workspace(embodiment, table_top_m=table_top_m))
+            self._max_age_s: float = self.value("max_feedback_age_s")
+            loop = ControlLoop(
+                embodiment, drivers, limiter, self._on_tick, max_feedback_age_s=self._max_age_s
+            )
+            self._loop = loop
+            self._names = embodiment.names()
+            self._arm_names = [arm.name for arm in embodiment.arms]
+            self._every = max(1, round(embodiment.control_rate_hz / self.value("publish_rate_hz")))
+            self._next_publish = 0
+            self._acting: frozenset[LimitEvent] = frozenset()
+            self._said: dict[int, tuple[int, int]] = {}  # {stamp: first setpoint, ns, and targets played}
+            self._newest: Tick | None = None
+            self._piper: PiperTopics | None = None
+            self._open_topics()
+            if self.value("piper_topics"):
+                self._piper = PiperTopics(self, embodiment, loop, self.require_active)
+            resources.enter_context(stop_line(self, self._stop))
+            gc.collect()
+            gc.freeze()  # what exists now stays; no later collection has to walk through it
+            resources.enter_context(loop)
+            yield
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Take trajectories, and allow the arms to be enabled; at the end they brake and hold."""
+        self.create_subscription(JointTrajectory, "joint_trajectory", self._take, 10)
+        try:
+            yield
+        finally:
+            self._loop.hold()
+
+    def stop_motion(self) -> None:
+        """Brake and hold, and take no trajectory any more."""
+        if self.is_active:
+            self.trigger_deactivate()
+
+    def _open_topics(self) -> None:
         self._joint_states = self.create_publisher(JointState, "joint_states", 10)
         self._setpoints = self.create_publisher(JointState, "setpoints", 10)
         self._executed = self.create_publisher(DiagnosticArray, "arms/executed", 50)
         self._limits = self.create_publisher(DiagnosticArray, "arms/limits", 50)
-        self._diagnostics = self.create_publisher(DiagnosticArray, "diagnostics", 10)
-
-    def attach(self, embodiment: Embodiment, loop: ControlLoop) -> None:
-        """Take up work for ``loop``: from now on trajectories and services reach it."""
-        self._names = embodiment.names()
-        self._arm_names = [arm.name for arm in embodiment.arms]
-        self._loop = loop
-        self._every = max(1, round(embodiment.control_rate_hz / self._publish_rate_hz))
-        self._next_publish = 0
-        self._acting: frozenset[LimitEvent] = frozenset()
-        self._said: dict[int, tuple[int, int]] = {}  # {stamp: first setpoint, ns, and targets played}
-        self._newest: Tick | None = None
-        self.create_subscription(JointTrajectory, "joint_trajectory", self._take, 10)
-        self.create_timer(1.0, self._diagnose)
         trigger(self, "~/enable", self._enable)
         trigger(self, "~/go_home", self._go_home)
         trigger(self, "~/hold", self._hold, at_once=True)
-        trigger(self, "~/estop", self._stop, at_once=True)
         trigger(self, "~/disable", self._disable)
         trigger(self, "~/reset", self._reset)
 
-    def on_tick(self, tick: Tick) -> None:
+    def _on_tick(self, tick: Tick) -> None:
         """Publish a turn of the loop; in the loop's thread."""
         self._newest = tick
         if tick.index >= self._next_publish:
             self._next_publish = tick.index + self._every
             self._publish_joints(tick)
+            if self._piper is not None:
+                self._piper.publish(tick)
         acting = frozenset(tick.events)
         if fresh := acting - self._acting:
             self._limits.publish(
@@ -197,7 +198,8 @@ class ArmsNode(Node):
         if skipped:
             logger.warning("a trajectory came late: its first %d targets are skipped", skipped)
 
-    def _diagnose(self) -> None:
+    def diagnose(self) -> list[DiagnosticStatus]:
+        """Return how the loop and each arm are."""
         health, tick = self._loop.health(), self._newest
         values: dict[str, object] = {
             "mode": health.mode.value,
@@ -212,7 +214,7 @@ class ArmsNode(Node):
         now_ns = time.time_ns()
         for name, state in zip(self._arm_names, tick.states if tick else (), strict=False):
             age_ms = (now_ns - state.stamp_ns) / 1e6
-            level = "error" if age_ms > 1e3 * self.max_feedback_age_s else "warn" if state.faults else "ok"
+            level = "error" if age_ms > 1e3 * self._max_age_s else "warn" if state.faults else "ok"
             arm_values = {
                 "enabled": state.enabled,
                 "stopped": state.stopped,
@@ -220,13 +222,15 @@ class ArmsNode(Node):
             }
             text = "; ".join(state.faults) or state.status
             statuses.append(status(f"arms: {name}", text, arm_values, level=level))
-        self._diagnostics.publish(diagnostics(now_ns, *statuses))
+        return statuses
 
     def _enable(self) -> str:
+        self.require_active()
         self._loop.enable()
         return "enabled: holding the measured pose"
 
     def _go_home(self) -> str:
+        self.require_active()
         self._loop.go_home()
         return "home"
 

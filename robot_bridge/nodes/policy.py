@@ -1,15 +1,15 @@
 """The policy's node: the cameras and the policy server's client in one process.
 
-Frames of the control path stay in this process; what goes over DDS is for people and recordings.
+Frames of the control path stay in this process; what goes over DDS is for people and recordings. A
+lifecycle node (:mod:`robot_bridge.nodes.managed`): inactive, cameras stream; active, episodes may start.
 
 =========================  ==================================================================
 subscribes                 ``joint_states``, ``arms/executed``
 publishes                  ``joint_trajectory`` (what of an answer is to be played),
                            ``policy/answers`` (the whole answer) and ``policy/chunks`` (its times and
                            its policy), both keyed by the trajectory's stamp, ``policy/state``
-                           (on change and at 2 Hz), ``<camera>/color/image_raw/compressed``,
-                           ``<camera>/color/camera_info``, where the cameras stand
-                           (:mod:`robot_bridge.nodes.transforms`)
+                           (on change and at 2 Hz), ``/diagnostics`` at 1 Hz, each camera's topics
+                           (:mod:`robot_bridge.nodes.camera_topics`)
 services, std_srvs/Trigger  ``~/start``, ``~/stop``
 parameters set by a trial  ``instruction``, ``episode``, ``step_limit``
 =========================  ==================================================================
@@ -17,42 +17,27 @@ parameters set by a trial  ``instruction``, ``episode``, ``step_limit``
 
 from __future__ import annotations
 
-import array
 import logging
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-import cv2
 import numpy as np
-from diagnostic_msgs.msg import DiagnosticArray
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from numpy.typing import NDArray
-from rclpy.node import Node
-from rclpy.qos import qos_profile_sensor_data
-from sensor_msgs.msg import CameraInfo, CompressedImage, JointState
-from std_msgs.msg import Header
+from sensor_msgs.msg import JointState
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from policy_server.client import PolicyClient, ServerInfo, keys_for
 from policy_server.protocol import DEFAULT_ADDRESS
+from robot_bridge.bringup import NO_SERVER
 from robot_bridge.drivers.choice import camera_driver
-from robot_bridge.drivers.realsense import Frame, RealSenseDriver
 from robot_bridge.execution_modes import MAX_HORIZON, Execution, ExecutionMode
-from robot_bridge.nodes.process import (
-    declare,
-    declare_record,
-    destroying,
-    diagnostics,
-    run_node,
-    set_stamp,
-    stamp_ns,
-    status,
-    trigger,
-)
-from robot_bridge.nodes.transforms import publish_transforms
+from robot_bridge.nodes.camera_topics import CameraTopics
+from robot_bridge.nodes.managed import ManagedNode
+from robot_bridge.nodes.process import diagnostics, run_node, set_stamp, stamp_ns, status, trigger
 from robot_bridge.policy_loop import (
     EpisodeState,
     JointTimeline,
@@ -62,12 +47,12 @@ from robot_bridge.policy_loop import (
     PolicyLoop,
     Request,
 )
-from robot_bridge.rig import load_rig
+from robot_bridge.rig import load_rig, named
 from simplevla.cli import require_choice
 from simplevla.embodiment import Camera, Embodiment
-from simplevla.errors import ConfigError, SimplevlaError
+from simplevla.errors import ConfigError, UnavailableError
 from simplevla.motion import FOLLOWING_DELAY_S
-from simplevla.session_record import Lens, SessionRecord, calibrated, to_pose
+from simplevla.session_record import SessionRecord
 
 logger = logging.getLogger(__name__)
 
@@ -79,49 +64,7 @@ _REPEAT_STATE_S = 0.5
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the node until it is asked to end; return the exit status."""
-    return run_node("policy", open_policy, sys.argv if argv is None else argv)
-
-
-@contextmanager
-def open_policy() -> Iterator[PolicyNode]:
-    """Yield the node, connected to its server and with its cameras streaming."""
-    node = PolicyNode()
-    with destroying(node), ExitStack() as resources:
-        rig = load_rig(node.rig_name)
-        embodiment = rig.load_embodiment()
-        client = resources.enter_context(
-            PolicyClient(
-                node.server,
-                embodiment=embodiment,
-                timeout_s=node.server_timeout_s,
-                wait_s=node.server_wait_s,
-                keys=keys_for(node.server),
-            )
-        )
-        needed = [need.name for need in client.info.cameras]
-        if node.task:
-            require_choice("task", node.task, sorted(client.info.instructions))
-        streams = choose_cameras(embodiment, node.cameras, needed)
-        cameras = {
-            camera.name: resources.enter_context(camera_driver(rig, camera, node.record))
-            for camera in streams
-        }
-        placed = calibrated(embodiment, node.record)
-        publish_transforms(node, {c.frame: to_pose(placed.camera(c.name).pose_in_world()) for c in streams})
-        loop = PolicyLoop(
-            client,
-            {name: cameras[name] for name in needed},
-            node.joints,
-            node.played,
-            node.publish_chunk,
-            execution=replace(node.execution, settle_s=settle_s(node.record, embodiment)),
-            timeout_s=node.input_timeout_s,
-        )
-        node.attach(embodiment, client.info, loop)
-        resources.enter_context(loop)
-        for driver in cameras.values():
-            resources.enter_context(node.publishing(driver))
-        yield node
+    return run_node("policy", PolicyNode, sys.argv if argv is None else argv)
 
 
 def choose_cameras(embodiment: Embodiment, wanted: Sequence[str], needed: Sequence[str]) -> list[Camera]:
@@ -141,68 +84,154 @@ def choose_cameras(embodiment: Embodiment, wanted: Sequence[str], needed: Sequen
     return [embodiment.camera(name) for name in names]
 
 
-class PolicyNode(Node):
+class PolicyNode(ManagedNode):
     """ROS's view of a :class:`~robot_bridge.policy_loop.PolicyLoop` and of the cameras."""
 
     def __init__(self) -> None:
         super().__init__("policy")
-        self.rig_name: str = declare(
-            self, "rig", "twin", "name of a rig in config/rig, or a path to a .yaml file"
+        self.declare("rig", "twin", "name of a rig in config/rig, or a path to a .yaml file")
+        self.declare("arms", "", "names of the arms that are driven, by commas; empty: all of the rig")
+        self.declare("server", DEFAULT_ADDRESS, f"address of the policy server; {NO_SERVER}: cameras alone")
+        self.declare("server_timeout_s", 2.0, "longest wait for an answer, s", low=0.05, high=60)
+        self.declare("server_wait_s", 30.0, "how long the start waits for the server, s", low=0, high=600)
+        self.declare("task", "", "task whose instruction is the default; empty: the only one")
+        self.declare("cameras", "", "names of the cameras to start, by commas; empty for all")
+        self.declare(
+            "input_timeout_s", 1.0, "longest wait for a picture or joint feedback, s", low=0.05, high=10
         )
-        self.server: str = declare(self, "server", DEFAULT_ADDRESS, "address of the policy server")
-        self.server_timeout_s: float = declare(
-            self, "server_timeout_s", 2.0, "longest wait for an answer, s", low=0.05, high=60
-        )
-        self.server_wait_s: float = declare(
-            self, "server_wait_s", 30.0, "how long the start waits for the server, s", low=0, high=600
-        )
-        self.task: str = declare(
-            self, "task", "", "task whose instruction is the default; empty: the only one"
-        )
-        cameras: str = declare(
-            self, "cameras", "", "names of the cameras to start, by commas; empty for all"
-        )
-        self.cameras = [name for name in cameras.replace(" ", "").split(",") if name]
-        self.input_timeout_s: float = declare(
-            self,
-            "input_timeout_s",
-            1.0,
-            "longest wait for a picture or joint feedback, s",
-            low=0.05,
-            high=10,
-        )
-        self.record = declare_record(self)
-        self.execution = _declare_execution(self)
-        self._jpeg_quality: int = declare(
-            self, "jpeg_quality", 90, "quality of the published pictures, percent", low=1, high=100
-        )
-        declare(self, "instruction", "", "what to do, in words; empty: as the task has it", changing=True)
-        declare(self, "episode", "", "name of the next episode", changing=True)
-        declare(
-            self,
+        self.declare_record()
+        self._declare_execution()
+        self.declare("jpeg_quality", 90, "quality of the compressed pictures, percent", low=1, high=100)
+        self.declare("instruction", "", "what to do, in words; empty: as the task has it", changing=True)
+        self.declare("episode", "", "name of the next episode", changing=True)
+        self.declare(
             "step_limit",
             _STEP_LIMIT,
-            "actions at most in an episode",
+            "actions at most",
             low=1,
             high=_MAX_STEPS,
             changing=True,
         )
-        self.joints = JointTimeline()
-        self.played = PlayedCounts()
+        self._info: ServerInfo | None = None
+        self._loop: PolicyLoop | None = None
+
+    @contextmanager
+    def configured(self) -> Iterator[None]:
+        """Connect to the server, and have the cameras stream and publish."""
+        with ExitStack() as resources:
+            record = self.record()
+            rig = load_rig(self.value("rig")).with_arms(named(self.value("arms")))
+            embodiment = rig.load_embodiment()
+            client = self._connected(embodiment, resources)
+            self._info = client.info if client is not None else None
+            needed = [need.name for need in self._info.cameras] if self._info is not None else []
+            if self._info is not None and self.value("task"):
+                require_choice("task", self.value("task"), sorted(self._info.instructions))
+            streams = choose_cameras(embodiment, named(self.value("cameras")), needed)
+            cameras = {
+                camera.name: resources.enter_context(camera_driver(rig, camera, record))
+                for camera in streams
+            }
+            self._names = embodiment.names()
+            self._joints, self._played = JointTimeline(), PlayedCounts()
+            self._said: tuple[EpisodeState, float] = (EpisodeState(), 0.0)
+            lenses, quality = record.lenses if record else {}, self.value("jpeg_quality")
+            self._topics = {
+                name: resources.enter_context(CameraTopics(self, driver, lenses.get(name), quality))
+                for name, driver in cameras.items()
+            }
+            if client is not None:
+                self._open_topics()
+                self._loop = PolicyLoop(
+                    client,
+                    {name: cameras[name] for name in needed},
+                    self._joints,
+                    self._played,
+                    self.publish_chunk,
+                    execution=replace(self._execution(), settle_s=settle_s(record, embodiment)),
+                    timeout_s=self.value("input_timeout_s"),
+                )
+                resources.enter_context(self._loop)
+            try:
+                yield
+            finally:
+                self._info = self._loop = None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Allow episodes; the one that runs at the end is stopped."""
+        try:
+            yield
+        finally:
+            if self._loop is not None:
+                self._loop.stop()
+
+    def diagnose(self) -> list[DiagnosticStatus]:
+        """Return how the server, the episode and each camera are."""
+        statuses = [topics.diagnose() for topics in self._topics.values()]
+        if self._loop is None or self._info is None:
+            return [status("policy", "no policy server is used", {}), *statuses]
+        state = self._loop.state
+        values = {
+            "server": self.value("server"),
+            "policy_id": self._info.policy_id,
+            "phase": state.phase.value,
+            "episode": state.episode,
+            "actions": state.actions,
+        }
+        failed = state.phase is Phase.FAILED
+        own = status("policy", state.reason or state.phase.value, values, level="error" if failed else "ok")
+        return [own, *statuses]
+
+    def _connected(self, embodiment: Embodiment, resources: ExitStack) -> PolicyClient | None:
+        server = self.value("server")
+        if server == NO_SERVER:
+            return None
+        return resources.enter_context(
+            PolicyClient(
+                server,
+                embodiment=embodiment,
+                timeout_s=self.value("server_timeout_s"),
+                wait_s=self.value("server_wait_s"),
+                keys=keys_for(server),
+            )
+        )
+
+    def _declare_execution(self) -> None:
+        modes = ", ".join(mode.value for mode in ExecutionMode)
+        self.declare(
+            "execution",
+            ExecutionMode.SYNCHRONOUS.value,
+            f"how chunks become motion: {modes} (docs/chunk_execution.md)",
+        )
+        self.declare(
+            "horizon",
+            0,
+            "new actions of an answer to be played, receding or in real time; 0: as the mode has it",
+            low=0,
+            high=MAX_HORIZON,
+        )
+        self.declare("max_age_s", 2.0, "an answer to an older observation is refused, s", low=0.05, high=60)
+        self.declare("lead_s", 0.005, "how far ahead of now a trajectory starts, s", low=0, high=1)
+
+    def _execution(self) -> Execution:
+        """Return how chunks become motion.
+
+        Raises:
+            ConfigError: there is no such mode, or it has no horizon.
+        """
+        mode = require_choice("execution", self.value("execution"), [m.value for m in ExecutionMode])
+        bounds = self.value("horizon"), self.value("max_age_s"), self.value("lead_s")
+        return Execution(ExecutionMode(mode), *bounds)
+
+    def _open_topics(self) -> None:
         self._trajectories = self.create_publisher(JointTrajectory, "joint_trajectory", 10)
         self._answers = self.create_publisher(JointTrajectory, "policy/answers", 10)
         self._chunks = self.create_publisher(DiagnosticArray, "policy/chunks", 50)
         self._states = self.create_publisher(DiagnosticArray, "policy/state", 10)
-        self._said: tuple[EpisodeState, float] = (EpisodeState(), 0.0)
-
-    def attach(self, embodiment: Embodiment, info: ServerInfo, loop: PolicyLoop) -> None:
-        """Take up work for ``loop``: from now on feedback and services reach it."""
-        self._names = embodiment.names()
-        self._info = info
-        self._loop = loop
         self.create_subscription(JointState, "joint_states", self._take_joints, 10)
         self.create_subscription(DiagnosticArray, "arms/executed", self._take_executed, 50)
-        self.create_timer(_STATE_PERIOD_S, self._publish_state)
+        self.repeat(_STATE_PERIOD_S, self._publish_state)
         trigger(self, "~/start", self._start)
         trigger(self, "~/stop", self._stop)
 
@@ -243,54 +272,23 @@ class PolicyNode(Node):
             message.points.append(point)
         return message
 
-    @contextmanager
-    def publishing(self, driver: RealSenseDriver) -> Iterator[None]:
-        """Publish a camera's pictures as JPEG while the block runs."""
-        camera = driver.camera
-        images = self.create_publisher(
-            CompressedImage, f"{camera.name}/color/image_raw/compressed", qos_profile_sensor_data
-        )
-        infos = self.create_publisher(
-            CameraInfo, f"{camera.name}/color/camera_info", qos_profile_sensor_data
-        )
-        info = camera_info(camera, self.record.lenses.get(camera.name) if self.record else None)
-        closing = threading.Event()
-
-        def publish() -> None:
-            newest_ns = 0
-            while not closing.is_set():
-                try:
-                    frame = driver.wait_newer(newest_ns, 0.5)
-                except SimplevlaError as error:
-                    logger.debug("%s", error)
-                    continue
-                newest_ns = frame.capture_ns
-                images.publish(compressed_image(frame, camera.frame, self._jpeg_quality))
-                set_stamp(info.header.stamp, frame.capture_ns)
-                infos.publish(info)
-
-        thread = threading.Thread(target=publish, name=f"publish-{camera.name}", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            closing.set()
-            thread.join()
-
     def _take_joints(self, message: JointState) -> None:
         if list(message.name) == self._names and len(message.position) == len(self._names):
-            self.joints.add(stamp_ns(message.header.stamp), np.array(message.position))
+            self._joints.add(stamp_ns(message.header.stamp), np.array(message.position))
 
     def _take_executed(self, message: DiagnosticArray) -> None:
         for each in message.status:
             values = {pair.key: pair.value for pair in each.values}
             if values.get("executed", "").isdigit() and values.get("at_ns", "").isdigit():
-                self.played.add(
+                self._played.add(
                     stamp_ns(message.header.stamp), int(values["executed"]), int(values["at_ns"])
                 )
 
     def _publish_state(self) -> None:
-        now, state = time.monotonic(), self._loop.state
+        loop, info = self._loop, self._info
+        if loop is None or info is None:
+            return
+        now, state = time.monotonic(), loop.state
         if state == self._said[0] and now - self._said[1] < _REPEAT_STATE_S:
             return
         self._said = (state, now)
@@ -300,7 +298,7 @@ class PolicyNode(Node):
             "actions": state.actions,
             "failure": state.failure.value,
             "reason": state.reason,
-            "policy_id": self._info.policy_id,
+            "policy_id": info.policy_id,
         }
         level = "error" if state.phase is Phase.FAILED else "ok"
         self._states.publish(
@@ -308,107 +306,36 @@ class PolicyNode(Node):
         )
 
     def _start(self) -> str:
-        instruction = self.get_parameter("instruction").value or self._task_instruction()
-        request = Request(
-            instruction, self.get_parameter("episode").value, self.get_parameter("step_limit").value
-        )
-        self._loop.start(request)
+        self.require_active()
+        loop, info = self._with_policy()
+        instruction = self.value("instruction") or self._task_instruction(info)
+        loop.start(Request(instruction, self.value("episode"), self.value("step_limit")))
         return f"running: {instruction}"
 
     def _stop(self) -> str:
-        self._loop.stop()
-        return f"stopped after {self._loop.state.actions} actions"
+        loop, _ = self._with_policy()
+        loop.stop()
+        return f"stopped after {loop.state.actions} actions"
 
-    def _task_instruction(self) -> str:
-        known = self._info.instructions
-        if self.task:
-            return known[self.task]
+    def _with_policy(self) -> tuple[PolicyLoop, ServerInfo]:
+        loop, info = self._loop, self._info
+        if loop is None or info is None:
+            raise UnavailableError("the policy's node is not configured", "configure it, with a server")
+        return loop, info
+
+    def _task_instruction(self, info: ServerInfo) -> str:
+        known = info.instructions
+        if self.value("task"):
+            return known[self.value("task")]
         if len(known) != 1:
             raise ConfigError("no instruction is set", f"set one, such as: {'; '.join(known.values())}")
         return next(iter(known.values()))
-
-
-def _declare_execution(node: Node) -> Execution:
-    """Declare how chunks become motion and return it.
-
-    Raises:
-        ConfigError: there is no such mode, or it has no horizon.
-    """
-    modes = [mode.value for mode in ExecutionMode]
-    mode: str = declare(
-        node,
-        "execution",
-        modes[0],
-        f"how chunks become motion: {', '.join(modes)} (docs/chunk_execution.md)",
-    )
-    horizon: int = declare(
-        node,
-        "horizon",
-        0,
-        "new actions of an answer to be played, receding or in real time; 0: as the mode has it",
-        low=0,
-        high=MAX_HORIZON,
-    )
-    max_age_s: float = declare(
-        node, "max_age_s", 2.0, "an answer to an older observation is refused, s", low=0.05, high=60
-    )
-    lead_s: float = declare(
-        node, "lead_s", 0.005, "how far ahead of now a trajectory starts, s", low=0, high=1
-    )
-    require_choice("execution", mode, modes)
-    return Execution(ExecutionMode(mode), horizon, max_age_s, lead_s)
-
-
-def compressed_image(frame: Frame, frame_id: str, quality: int) -> CompressedImage:
-    """Return a frame as a JPEG message."""
-    return CompressedImage(
-        header=_header(frame.capture_ns, frame_id), format="jpeg", data=_jpeg(frame.image, quality)
-    )
 
 
 def settle_s(record: SessionRecord | None, embodiment: Embodiment) -> float:
     """Return how much later than simulated arms the measured ones reach a setpoint, s."""
     measured = record.command_delay_s(embodiment) if record else 0.0
     return max(0.0, measured - FOLLOWING_DELAY_S)
-
-
-def camera_info(camera: Camera, measured: Lens | None = None) -> CameraInfo:
-    """Return the camera as a message without a stamp: as measured, else the nominal pinhole.
-
-    ROS counts pixels from the middle of the first one, an embodiment from its corner.
-    """
-    lens = (
-        measured.scaled(camera.width, camera.height)
-        if measured
-        else Lens(
-            width=camera.width, height=camera.height, fx=camera.fx, fy=camera.fy, cx=camera.cx, cy=camera.cy
-        )
-    )
-    cx, cy = lens.cx - 0.5, lens.cy - 0.5
-    info = CameraInfo(header=_header(0, camera.frame), width=camera.width, height=camera.height)
-    info.distortion_model = "plumb_bob"
-    info.d = list(lens.distortion)
-    info.k = [lens.fx, 0.0, cx, 0.0, lens.fy, cy, 0.0, 0.0, 1.0]
-    info.r = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]
-    info.p = [lens.fx, 0.0, cx, 0.0, 0.0, lens.fy, cy, 0.0, 0.0, 0.0, 1.0, 0.0]
-    return info
-
-
-def _header(capture_ns: int, frame_id: str) -> Header:
-    header = Header(frame_id=frame_id)
-    set_stamp(header.stamp, capture_ns)
-    return header
-
-
-def _jpeg(image: NDArray[np.uint8], quality: int) -> array.array[int]:
-    done, encoded = cv2.imencode(
-        ".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality]
-    )
-    if not done:
-        raise ConfigError(f"an image of shape {image.shape} could not be encoded", "check the camera")
-    data = array.array("B")  # what rclpy takes without walking through every byte
-    data.frombytes(encoded.tobytes())
-    return data
 
 
 if __name__ == "__main__":

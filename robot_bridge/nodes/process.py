@@ -7,11 +7,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
@@ -22,8 +20,11 @@ from rclpy.signals import SignalHandlerOptions
 from rclpy.task import Future
 from std_srvs.srv import Trigger
 
+from robot_bridge.order import in_place, wait_for_others
 from simplevla.errors import SimplevlaError
-from simplevla.session_record import SessionRecord, load_session_record
+
+if TYPE_CHECKING:
+    from robot_bridge.nodes.managed import ManagedNode
 
 logger = logging.getLogger(__name__)
 
@@ -31,15 +32,17 @@ EXIT_BAD_INPUT = 2
 READY = "ready"
 
 
-def run_node(name: str, open_node: Callable[[], AbstractContextManager[Node]], argv: Sequence[str]) -> int:
-    """Open a node, say ``ready``, and spin it until SIGINT or SIGTERM; return the exit status.
+def run_node(name: str, make_node: Callable[[], ManagedNode], argv: Sequence[str]) -> int:
+    """Make a node, bring it up, say ``ready``, and spin it until SIGINT or SIGTERM; return the status.
 
-    The node's own context manager ends its work before ROS is shut down, so that an arm brakes while
-    its topics still say so. One thread runs callbacks; what takes long runs in threads of its own.
+    It is brought up to the state active, unless its parameter ``autostart`` is false: then it waits,
+    unconfigured, for a lifecycle manager. At the end motion stops first; then the process waits for those
+    it must outlive, while its topics still say how things are (:mod:`robot_bridge.order`). One thread runs
+    callbacks; what takes long runs in threads of its own.
 
     Args:
         name: for messages.
-        open_node: makes the node; a :class:`SimplevlaError` from it is told in one line.
+        make_node: makes the node; a :class:`SimplevlaError` of its start is told in one line.
         argv: the ROS arguments.
     """
     logging.basicConfig(
@@ -51,13 +54,16 @@ def run_node(name: str, open_node: Callable[[], AbstractContextManager[Node]], a
     _end_on_signals(ending)
     rclpy.init(args=list(argv), signal_handler_options=SignalHandlerOptions.NO)
     try:
-        with open_node() as node:
+        with in_place(), make_node() as node:
+            node.bring_up()
             executor = SingleThreadedExecutor()
             executor.add_node(node)
             print(f"{READY} {name}", flush=True)
             while not ending.is_set():
                 executor.spin_once(timeout_sec=0.1)
             logger.info("%s: ending", name)
+            node.stop_motion()
+            wait_for_others(lambda seconds: executor.spin_once(timeout_sec=seconds))
     except SimplevlaError as error:
         print(f"{name}: {error}", file=sys.stderr, flush=True)
         return EXIT_BAD_INPUT
@@ -139,7 +145,6 @@ def declare(
     *,
     low: float | None = None,
     high: float = 0.0,
-    changing: bool = False,
 ) -> Any:
     """Declare a parameter and return its value.
 
@@ -150,26 +155,13 @@ def declare(
         description: for ``ros2 param describe``.
         low: smallest value, of a number.
         high: largest value, of a number.
-        changing: it may be set while the node runs; else it is read once, at the start.
     """
-    descriptor = ParameterDescriptor(description=description, read_only=not changing)
+    descriptor = ParameterDescriptor(description=description)
     if low is not None and isinstance(default, float):
         descriptor.floating_point_range = [FloatingPointRange(from_value=float(low), to_value=float(high))]
     elif low is not None:
         descriptor.integer_range = [IntegerRange(from_value=int(low), to_value=int(high))]
     return node.declare_parameter(name, default, descriptor).value
-
-
-def declare_record(node: Node) -> SessionRecord | None:
-    """Declare the parameter ``session_record`` and return the record that it names, if any.
-
-    Raises:
-        RecordError: there is no such record.
-    """
-    path: str = declare(
-        node, "session_record", "", "the last calibration's record; empty: nominal poses, no delays"
-    )
-    return load_session_record(Path(path)) if path else None
 
 
 def _end_on_signals(ending: threading.Event) -> None:
@@ -181,12 +173,3 @@ def _end_on_signals(ending: threading.Event) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
-
-
-@contextmanager
-def destroying(node: Node) -> Iterator[Node]:
-    """Yield ``node`` and destroy it at the end."""
-    try:
-        yield node
-    finally:
-        node.destroy_node()

@@ -12,15 +12,18 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from robot_bridge.recording import TopicTap, trial_topics
+from robot_bridge.recording import trial_topics
 from simplevla.embodiment import Embodiment
 from simplevla.errors import MissingExtraError, UnavailableError
 from simplevla.trial import FailureCode
+
+if TYPE_CHECKING:
+    from robot_bridge.nodes.topic_tap import TopicTap
 
 _LOOK_PERIOD_S = 0.05
 _STILL_LOOKS = 8
@@ -72,13 +75,15 @@ class TrialNode:
             from diagnostic_msgs.msg import DiagnosticArray
             from rclpy.executors import SingleThreadedExecutor
             from rclpy.signals import SignalHandlerOptions
+
+            from robot_bridge.nodes.topic_tap import TopicTap
         except ImportError as error:
             raise MissingExtraError("rclpy", "ros_wheels") from error
         self._context = rclpy.Context()
         rclpy.init(context=self._context, signal_handler_options=SignalHandlerOptions.NO)
         self._node = rclpy.create_node("trials", namespace=self._namespace or None, context=self._context)
         self.namespace: str = self._node.get_namespace()
-        self.tap = TopicTap(self._node, trial_topics(self._embodiment))
+        self.tap: TopicTap = TopicTap(self._node, trial_topics(self._embodiment))
         self._node.create_subscription(DiagnosticArray, "policy/state", self._hear_policy, 10)
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(self._node)

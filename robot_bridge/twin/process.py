@@ -18,12 +18,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from robot_bridge.order import wait_for_others
 from robot_bridge.priority import ask_for_priority
 from robot_bridge.rig import Rig
 from robot_bridge.twin.can_bus import CanFrame, CanHub
@@ -94,11 +96,16 @@ def run(
 
 @contextmanager
 def _signals_set(closing: threading.Event) -> Iterator[None]:
-    """Let SIGINT and SIGTERM set ``closing`` inside the block."""
-    previous = {
-        number: signal.signal(number, lambda *_: closing.set())
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    """Let SIGINT and SIGTERM set ``closing`` inside the block, once nobody stands on the buses any more."""
+
+    def end_in_order() -> None:
+        wait_for_others()
+        closing.set()
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        threading.Thread(target=end_in_order, name="ending", daemon=True).start()
+
+    previous = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

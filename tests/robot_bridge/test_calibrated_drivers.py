@@ -102,7 +102,8 @@ def test_nodes_are_told_of_a_record_that_is_true_for_the_rig(tmp_path: Path, goo
 
 def test_camera_info_and_settling_come_from_the_record() -> None:
     pytest.importorskip("rclpy", reason="no ROS 2 and no ROS wheels here")
-    from robot_bridge.nodes.policy import camera_info, settle_s
+    from robot_bridge.nodes.camera_topics import camera_info
+    from robot_bridge.nodes.policy import settle_s
 
     nominal, measured = camera_info(CAMERA), camera_info(CAMERA, record().lenses["head"])
     assert list(nominal.k)[:3] == [302.5, 0.0, 159.5]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,9 +23,15 @@ from simplevla.embodiment import load_embodiment
 rclpy = pytest.importorskip("rclpy", reason="no ROS 2 and no ROS wheels here")
 
 from diagnostic_msgs.msg import DiagnosticArray  # noqa: E402
+from lifecycle_msgs.msg import Transition  # noqa: E402
+from lifecycle_msgs.srv import ChangeState  # noqa: E402
+from rcl_interfaces.srv import SetParameters  # noqa: E402
 from rclpy.executors import SingleThreadedExecutor  # noqa: E402
+from rclpy.parameter import Parameter  # noqa: E402
+from rclpy.qos import qos_profile_sensor_data  # noqa: E402
 from rclpy.signals import SignalHandlerOptions  # noqa: E402
 from sensor_msgs.msg import JointState  # noqa: E402
+from std_msgs.msg import Bool  # noqa: E402
 from std_srvs.srv import Trigger  # noqa: E402
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint  # noqa: E402
 
@@ -69,6 +76,7 @@ class Robot:
         self.executed: dict[int, dict[str, str]] = {}
         self.limits: set[tuple[str, str]] = set()
         self.health: dict[str, str] = {}
+        self.lifecycle = ""
         self.node.create_subscription(
             JointState, "joint_states", lambda m: self.measured.append(np.array(m.position)), 100
         )
@@ -93,9 +101,29 @@ class Robot:
         self.until(lambda: self.measured and self.trajectories.get_subscription_count())
 
     def call(self, service: str) -> Trigger.Response:
-        client = self.node.create_client(Trigger, f"arms/{service}")
+        return self._ask(Trigger, f"arms/{service}", Trigger.Request())
+
+    def transition(self, number: int) -> bool:
+        request = ChangeState.Request(transition=Transition(id=number))
+        return self._ask(ChangeState, "arms/change_state", request).success
+
+    def set_publish_rate(self, rate_hz: float) -> str:
+        """Return why it was refused."""
+        value = Parameter("publish_rate_hz", value=rate_hz).to_parameter_msg()
+        request = SetParameters.Request(parameters=[value])
+        return self._ask(SetParameters, "arms/set_parameters", request).results[0].reason
+
+    def press(self) -> None:
+        """Press a button that publishes as sensors do: whoever does not hear it has missed it."""
+        button = self.node.create_publisher(Bool, "estop", qos_profile_sensor_data)
+        self.until(lambda: button.get_subscription_count() == 1)  # the reliable one cannot hear it
+        button.publish(Bool(data=False))
+        button.publish(Bool(data=True))
+
+    def _ask(self, kind: type, service: str, request: object) -> Any:
+        client = self.node.create_client(kind, service)
         assert client.wait_for_service(timeout_sec=5)
-        future, done = client.call_async(Trigger.Request()), threading.Event()
+        future, done = client.call_async(request), threading.Event()
         future.add_done_callback(lambda _: done.set())
         assert done.wait(15), f"{service} did not answer"
         return future.result()
@@ -125,6 +153,9 @@ class Robot:
     def _take_health(self, message: DiagnosticArray) -> None:
         self.health = {pair.key: pair.value for pair in message.status[0].values}
         self.health["message"] = message.status[0].message
+        self.lifecycle = message.status[-1].message
+        pairs = [(status.name, pair) for status in message.status for pair in status.values]
+        self.stopped = {name: pair.value for name, pair in pairs if pair.key == "stopped"}
 
     def _end(self) -> None:
         self.process.kill()
@@ -200,9 +231,11 @@ def test_the_arms_node_from_start_to_end(robot: Robot):
 
 
 def test_an_emergency_stop_is_latched_and_only_a_person_goes_on(robot: Robot):
+    """By a button's topic, by service, in every state that has the arms open; and the states themselves."""
     assert robot.call("enable").success
-    assert robot.call("estop").success
+    robot.press()
     robot.until(lambda: robot.health.get("mode") == "stopped")
+    robot.until(lambda: robot.stopped == {"arms: left": "True", "arms: right": "True"})
     seen = len(robot.setpoints)
     robot.play([HOME + 0.01])
     robot.until(lambda: "trajectory refused: emergency stop" in robot.log.read_text())
@@ -210,6 +243,24 @@ def test_an_emergency_stop_is_latched_and_only_a_person_goes_on(robot: Robot):
     assert not refused.success
     assert "reset" in refused.message
     assert len(robot.setpoints) <= seen + 1
+
+    # Inactive, the arms are read and can be stopped, but not enabled; what is open keeps its parameters.
+    assert robot.transition(Transition.TRANSITION_DEACTIVATE)
+    refused = robot.call("enable")
+    assert "not active" in refused.message
+    assert not refused.success
+    assert robot.call("estop").success
+    assert "cleanup" in robot.set_publish_rate(50.0)
+    seen = len(robot.measured)
+    robot.until(lambda: len(robot.measured) > seen)
+
+    # Unconfigured, the bus is closed and nothing is said but that; then all of it once more.
+    assert robot.transition(Transition.TRANSITION_CLEANUP)
+    robot.until(lambda: robot.lifecycle == "unconfigured")
+    assert robot.set_publish_rate(50.0) == ""
+    assert robot.transition(Transition.TRANSITION_CONFIGURE)
+    assert robot.transition(Transition.TRANSITION_ACTIVATE)
+    robot.until(lambda: robot.lifecycle == "active")
     assert robot.call("reset").success
     answer = robot.call("enable")
     assert answer.success, answer.message
