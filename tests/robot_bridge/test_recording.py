@@ -1,6 +1,7 @@
 """Recording: what DDS delivers is what the MCAP holds, and a cut recording never passes for a whole one."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from robot_bridge.recording import (
@@ -20,10 +21,11 @@ from robot_bridge.recording import (
     INTERRUPTED,
     JOINT_STATE,
     RecordedTopic,
-    TopicTap,
     TrialRecorder,
     read_recording,
 )
+from robot_bridge.recovery import recover
+from simplevla.cli import main
 from simplevla.errors import RecordError
 
 rclpy = pytest.importorskip("rclpy")
@@ -87,6 +89,8 @@ def test_what_is_published_is_read_back(ros, tmp_path):
     joints = ros.create_publisher(JointState, "joint_states", 500)
     chunks = ros.create_publisher(DiagnosticArray, "policy/chunks", 10)
     images = ros.create_publisher(CompressedImage, IMAGE, 10)
+    from robot_bridge.nodes.topic_tap import TopicTap
+
     tap = TopicTap(ros, TOPICS)
     wait_for(lambda: all(p.get_subscription_count() for p in (joints, chunks, images)))
     jpeg = cv2.imencode(".jpg", np.full((24, 32, 3), 90, np.uint8))[1].tobytes()
@@ -127,6 +131,8 @@ def test_nothing_is_recorded_between_trials(ros, tmp_path):
     from sensor_msgs.msg import JointState
 
     joints = ros.create_publisher(JointState, "joint_states", 10)
+    from robot_bridge.nodes.topic_tap import TopicTap
+
     tap = TopicTap(ros, TOPICS)
     wait_for(joints.get_subscription_count)
     joints.publish(joint_message(1))
@@ -185,14 +191,21 @@ def test_an_interrupted_trial_is_kept_apart(tmp_path):
         read_recording(tmp_path / INTERRUPTED / "t")
 
 
-def test_a_killed_recording_is_not_taken_for_whole(tmp_path):
+def test_a_killed_recording_is_recovered_by_command(tmp_path, capsys):
+    """It is no recording until it is recovered; then all of it is there but what was in memory still."""
+    total = 4000
     script = f"""
 import sys, time
 from pathlib import Path
-from robot_bridge.recording import JOINT_STATE, RecordedTopic, TrialRecorder
-recorder = TrialRecorder(Path({str(tmp_path)!r}), "t", [RecordedTopic("joint_states", JOINT_STATE)])
-for index in range(3000):
-    recorder.write("joint_states", bytes(1000), index)
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_recording import TOPICS, joint_message, serialised
+from robot_bridge.recording import TrialRecorder
+recorder = TrialRecorder(Path({str(tmp_path)!r}), "t", TOPICS, namespace="/lab", metadata={{"seed": "7"}})
+data = serialised(joint_message(0, ["x" * 1000, "y"]))
+for index in range({total}):
+    recorder.write("joint_states", data, 1_000_000_000 + index * 10_000_000)
+while recorder.so_far.counts["joint_states"] < {total}:
+    time.sleep(0.01)
 print("going", flush=True)
 time.sleep(60)
 """
@@ -200,15 +213,77 @@ time.sleep(60)
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "going\n"
-        time.sleep(0.5)
+        with pytest.raises(RecordError, match="is being written"):
+            recover(tmp_path / INTERRUPTED / "t")
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait(10)
     assert not (tmp_path / "t").exists()
     left = tmp_path / INTERRUPTED / "t"
-    assert (left / "t.mcap").stat().st_size > 1_000_000
     with pytest.raises(RecordError, match="was interrupted"):
         read_recording(left)
+
+    assert main(["recording", "recover", str(tmp_path)]) == 0
+    assert f"{tmp_path / 't'}: " in capsys.readouterr().out
+    found = read_recording(tmp_path / "t")
+    assert 0.7 * total < found.counts["joint_states"] <= total
+    assert len(found.measured.stamp_ns) == found.counts["joint_states"]
+    assert found.metadata == {"seed": "7", "recovered": "true"}
+    assert (left / "t.mcap").stat().st_size > 1_000_000
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    # Once is enough, and what it holds can be shown.
+    assert main(["recording", "recover", str(left)]) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert main(["recording", "show", str(tmp_path / "t")]) == 0
+    assert f"joint_states                   {found.counts['joint_states']}" in capsys.readouterr().out
+
+
+@pytest.fixture
+def cut(tmp_path):
+    """Return the folder of an interrupted recording of 3000 messages in several chunks."""
+    recorder = TrialRecorder(tmp_path, "t", TOPICS)
+    data = serialised(joint_message(0, ["x" * 1000, "y"]))
+    for index in range(3000):
+        recorder.write("joint_states", data, index)
+    recorder.abandon()
+    return tmp_path / INTERRUPTED / "t"
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(where=st.floats(0, 1), garbage=st.binary(max_size=64))
+def test_wherever_a_recording_is_cut_it_is_recovered_to_there_or_refused(cut, where, garbage):
+    whole = (cut / "t.mcap").read_bytes()
+    damaged = cut.parent / "u"
+    damaged.mkdir(exist_ok=True)
+    length = int(where * len(whole))
+    (damaged / "u.mcap").write_bytes(whole[:length] + garbage)
+    final = cut.parent.parent / "u"
+    try:
+        found = recover(damaged)
+    except RecordError as error:
+        refused = error.message
+    else:
+        refused = ""
+    if refused:
+        assert "nothing can be read" in refused
+        assert length < len(whole) / 2
+        assert not final.exists()
+        return
+    count = len(read_recording(final).measured.stamp_ns)
+    assert found.counts == {"/joint_states": count}
+    assert count >= 3000 * where - 1500
+    shutil.rmtree(final)
+
+
+def test_what_is_no_interrupted_recording_is_refused(tmp_path, capsys):
+    assert main(["recording", "recover", str(tmp_path)]) == 2
+    assert "holds no interrupted recording" in capsys.readouterr().err
+    assert main(["recording", "show", str(tmp_path)]) == 2
+    (tmp_path / INTERRUPTED / "t").mkdir(parents=True)
+    (tmp_path / INTERRUPTED / "t" / "t.mcap").write_bytes(b"")
+    (tmp_path / INTERRUPTED / "t" / "about.json").write_text("{")
+    with pytest.raises(RecordError, match="is damaged"):
+        recover(tmp_path / INTERRUPTED / "t")
 
 
 def test_a_recording_is_never_overwritten(tmp_path):
