@@ -7,6 +7,7 @@ they end. Nothing is started here, and nothing heavy is imported.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.util
 import logging
 import os
@@ -16,8 +17,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
+
 from robot_bridge.execution_modes import Execution, ExecutionMode
-from robot_bridge.rig import Rig, load_rig
+from robot_bridge.order import place_in_order
+from robot_bridge.rig import Rig, load_rig, named
 from simplevla.cli import require_choice
 from simplevla.embodiment import Embodiment, require_same
 from simplevla.errors import ConfigError, MissingExtraError, RecordError
@@ -26,8 +30,10 @@ from simplevla.files import share_dir
 logger = logging.getLogger(__name__)
 
 LOCAL = "local"
+NO_SERVER = "none"
 DEFAULT_ADDRESS = "tcp://127.0.0.1:5555"
 READY = "ready"
+KEYS = "SIMPLEVLA_KEYS"  # where policy_server.keys looks
 MAX_RECORD_AGE_S = 24 * 3600.0
 
 _TRUTH = ("false", "true")
@@ -57,10 +63,20 @@ ARGUMENTS = (
         "which robot, and with it which arms and cameras: the name of a rig in config/rig (twin, "
         "twin_single, hardware) or a path to a .yaml file",
     ),
+    Argument("arms", "", "arms to drive, by commas, such as left; empty: all of the rig"),
     Argument("task", "move_can_pot", "task of the policy and of the twin's scene"),
     Argument("bundle", "", "folder of the policy bundle; empty: bundles/<task> that ships"),
     Argument(
-        "server", LOCAL, f"'{LOCAL}' starts a policy server, an address such as {DEFAULT_ADDRESS} uses one"
+        "server",
+        LOCAL,
+        f"'{LOCAL}' starts a policy server, an address such as {DEFAULT_ADDRESS} uses one, '{NO_SERVER}' "
+        "brings arms and cameras up without a policy",
+    ),
+    Argument(
+        "keys",
+        "",
+        "folder of this robot's keys for a server on another machine (simplevla keys); empty: that of "
+        "SIMPLEVLA_KEYS, if any",
     ),
     Argument("address", DEFAULT_ADDRESS, "where the local policy server listens"),
     Argument("backend", "onnxruntime", "what computes the network in the local policy server", _BACKENDS),
@@ -77,6 +93,11 @@ ARGUMENTS = (
     Argument("cameras", "", "cameras to start, by commas; empty: all of the rig"),
     Argument("seed", "0", "decides the twin's first scene"),
     Argument("namespace", "", "ROS namespace of every node"),
+    Argument(
+        "params_file",
+        "",
+        "YAML of the nodes' parameters, as config/nodes.yaml; what a launch argument says wins",
+    ),
     Argument("record", "false", "record every topic of the run to MCAP from the start", _TRUTH),
     Argument("out", "", "folder of the run's logs and recordings; empty: runs/<time>"),
     Argument("log_level", "info", "how much to log; debug also shows it on the terminal", _LEVELS),
@@ -87,6 +108,17 @@ ARGUMENTS = (
         "only with a valid one, a twin uses one that is valid for it",
     ),
     Argument("override_session_record", "false", "move metal without a valid session record", _TRUTH),
+)
+TWIN_ARGUMENTS = tuple(
+    argument
+    for argument in ARGUMENTS
+    if argument.name not in ("keys", "session_record", "override_session_record")
+)
+TRIAL_ARGUMENTS = (
+    Argument("trials", "5", "how many trials"),
+    Argument("first_seed", "10000", "seed of the first trial; the next have the seeds that follow"),
+    Argument("step_limit", "200", "actions after which a trial has failed"),
+    Argument("operator", "", "who makes the trials; empty: the user's name"),
 )
 
 
@@ -104,9 +136,11 @@ class Settings:
     """
 
     rig: str = "twin"
+    arms: tuple[str, ...] = ()
     task: str = "move_can_pot"
     bundle: Path | None = None
     server: str = LOCAL
+    keys: Path | None = None
     address: str = DEFAULT_ADDRESS
     backend: str = "onnxruntime"
     execution: str = "synchronous"
@@ -114,6 +148,7 @@ class Settings:
     cameras: tuple[str, ...] = ()
     seed: int = 0
     namespace: str = ""
+    params_file: Path | None = None
     record: bool = False
     out: Path = field(default_factory=run_folder)
     log_level: str = "info"
@@ -136,16 +171,19 @@ class Settings:
                 raise ConfigError(f"{name} is {texts[name]!r}", "give a whole number that is not negative")
         return cls(
             rig=texts["rig"],
+            arms=tuple(named(texts["arms"])),
             task=texts["task"],
             bundle=Path(texts["bundle"]) if texts["bundle"] else None,
             server=texts["server"],
+            keys=Path(texts["keys"]).expanduser() if texts["keys"] else None,
             address=texts["address"],
             backend=texts["backend"],
             execution=texts["execution"],
             horizon=int(texts["horizon"]),
-            cameras=tuple(name for name in texts["cameras"].replace(" ", "").split(",") if name),
+            cameras=tuple(named(texts["cameras"])),
             seed=int(texts["seed"]),
             namespace=texts["namespace"].strip("/"),
+            params_file=Path(texts["params_file"]).expanduser() if texts["params_file"] else None,
             record=texts["record"] == "true",
             out=Path(texts["out"]) if texts["out"] else run_folder(),
             log_level=texts["log_level"],
@@ -176,11 +214,13 @@ class Process:
     Attributes:
         name: of the process and of its log.
         command: what to run, without a shell. It prints a line that starts with ``ready`` when it is.
-        env: what is set in its environment beyond the caller's.
+        env: what is set in its environment beyond the caller's; with it, its place in the order of ending.
         after: names of the processes that must be ready before it starts.
-        required: the run ends when it ends.
-        stop_order: processes with lower numbers end first, so that nothing asks for motion any more
-            when the arms are asked to hold, and the arms end before what they stand on.
+        required: the run ends when it ends, and is not started again in time.
+        respawn: it is started again when it ends by itself. Not what stands for metal: an arms' node that
+            comes back is off until a person enables the arms.
+        stop_order: processes with lower numbers are asked to end first, those with the same one together;
+            what outlives whom within that is in ``env`` (:mod:`robot_bridge.order`).
         ready_timeout_s: how long it may take to be ready.
     """
 
@@ -189,14 +229,24 @@ class Process:
     env: dict[str, str]
     after: tuple[str, ...] = ()
     required: bool = True
+    respawn: bool = False
     stop_order: int = 0
     ready_timeout_s: float = 60.0
 
 
 def processes(settings: Settings) -> list[Process]:
-    """Return what runs under ``settings``, each process after those that it waits for."""
+    """Return what runs under ``settings``, each process after those that it waits for.
+
+    At the end the arms brake and hold at once, and the policy ends; then the arms' process, the recorder,
+    which has heard that, the server, and the twin, on whose bus the arms stood.
+    """
     rig = load_rig(settings.rig)
     env = environment(settings, rig)
+    run = hashlib.sha256(str(settings.out.resolve()).encode()).hexdigest()[:16]
+
+    def placed(name: str, *outlives: str) -> dict[str, str]:
+        return env | place_in_order(run, name, outlives)
+
     found: list[Process] = []
     if rig.is_twin:
         scene = ("--task", settings.task, "--seed", str(settings.seed))
@@ -204,8 +254,8 @@ def processes(settings: Settings) -> list[Process]:
             Process(
                 "twin",
                 _simplevla(settings, "twin", "--rig", settings.rig, *scene),
-                env,
-                stop_order=4,
+                placed("twin", "policy", "arms"),
+                stop_order=3,
                 ready_timeout_s=120,
             )
         )
@@ -216,38 +266,105 @@ def processes(settings: Settings) -> list[Process]:
             Process(
                 "server",
                 _simplevla(settings, *serve, "--address", settings.address, *compiled),
-                env,
-                stop_order=3,
+                placed("server"),
+                respawn=True,
+                stop_order=2,
                 ready_timeout_s=600,
             )
         )
     twin = ("twin",) if rig.is_twin else ()
+    server = ("server",) if settings.is_local else ()
     record = _valid_record(settings, rig)
-    arms = {
-        "rig": settings.rig,
-        "max_feedback_age_s": str(_TWIN_AGE_S if rig.is_twin else _HARDWARE_AGE_S),
-        "session_record": record,
-    }
-    found.append(Process("arms", _node(settings, "arms", arms), env, after=twin, stop_order=2))
+    robot = {"rig": settings.rig, "arms": ",".join(settings.arms), "session_record": record}
+    bounds = {"max_feedback_age_s": str(_TWIN_AGE_S if rig.is_twin else _HARDWARE_AGE_S)}
+    found.append(
+        Process(
+            "arms",
+            _node(settings, "arms", robot, defaults=bounds),
+            placed("arms", "policy"),
+            after=twin,
+            respawn=True,
+        )
+    )
+    found.append(
+        Process(
+            "transforms",
+            _node(settings, "transforms", robot),
+            placed("transforms"),
+            required=False,
+            respawn=True,
+            stop_order=1,
+        )
+    )
     if settings.record:
         where = {"rig": settings.rig, "out": str(settings.out)}
         found.append(
-            Process("recorder", _node(settings, "recorder", where), env, required=False, stop_order=1)
+            Process(
+                "recorder",
+                _node(settings, "recorder", where),
+                placed("recorder", "policy", "arms"),
+                required=False,
+                respawn=True,
+                stop_order=1,
+            )
         )
     policy = {
-        "rig": settings.rig,
+        **robot,
         "server": settings.server_address,
         "cameras": ",".join(settings.cameras),
-        "task": settings.task,
-        "session_record": record,
+        "task": settings.task if settings.server != NO_SERVER else "",
         "execution": settings.execution,
         "horizon": str(settings.horizon),
     }
-    server = ("server",) if settings.is_local else ()
     found.append(
-        Process("policy", _node(settings, "policy", policy), env, after=twin + server, stop_order=0)
+        Process(
+            "policy",
+            _node(settings, "policy", policy),
+            placed("policy"),
+            after=twin + server,
+            respawn=True,
+        )
     )
     return found
+
+
+def trial_process(settings: Settings, values: Mapping[str, str]) -> Process:
+    """Return the process that makes trials with everything that runs under ``settings``.
+
+    Args:
+        settings: of the rest.
+        values: {argument of TRIAL_ARGUMENTS: text}; ``simplevla trial`` checks them.
+    """
+    options = {
+        "rig": settings.rig,
+        "task": settings.task,
+        "bundle": str(settings.bundle or ""),
+        "server": "" if settings.is_local else settings.server,
+        "namespace": settings.namespace,
+        "execution": settings.execution,
+        "horizon": str(settings.horizon),
+        "out": str(settings.out / "trials"),
+        "trials": values["trials"],
+        "seed": values["first_seed"],
+        "step-limit": values["step_limit"],
+        "operator": values["operator"],
+    }
+    words = [word for name, value in options.items() if value for word in (f"--{name}", value)]
+    env = environment(settings, load_rig(settings.rig))
+    everyone = tuple(process.name for process in processes(settings))
+    return Process("trial", _simplevla(settings, "trial", "--attach", *words), env, after=everyone)
+
+
+def require_twin(settings: Settings) -> None:
+    """Check that the rig is a twin's.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not load_rig(settings.rig).is_twin:
+        raise ConfigError(
+            f"the rig {settings.rig} is no twin's", "use bringup.launch.py, or: rig:=twin, rig:=twin_single"
+        )
 
 
 def environment(settings: Settings, rig: Rig) -> dict[str, str]:
@@ -264,7 +381,8 @@ def environment(settings: Settings, rig: Rig) -> dict[str, str]:
         "LP_NUM_THREADS": "1",
     }
     missing = {name: value for name, value in defaults.items() if not os.environ.get(name)}
-    return {**missing, "SIMPLEVLA_LOG_LEVEL": settings.log_level, "PYTHONUNBUFFERED": "1"}
+    keys = {KEYS: str(settings.keys.resolve())} if settings.keys is not None else {}
+    return {**missing, **keys, "SIMPLEVLA_LOG_LEVEL": settings.log_level, "PYTHONUNBUFFERED": "1"}
 
 
 def check(settings: Settings) -> None:
@@ -276,7 +394,7 @@ def check(settings: Settings) -> None:
     if importlib.util.find_spec("rclpy") is None:
         raise MissingExtraError("rclpy", "ros_wheels")
     Execution(ExecutionMode(settings.execution), settings.horizon)
-    rig = load_rig(settings.rig)
+    rig = load_rig(settings.rig).with_arms(settings.arms)
     embodiment = rig.load_embodiment()
     known = [camera.name for camera in embodiment.cameras]
     for name in settings.cameras:
@@ -289,12 +407,36 @@ def check(settings: Settings) -> None:
                 f"rig {rig.name} may not move: {error.message}",
                 f"{error.remedy}; or set override_session_record, and move arms that nothing has checked",
             ) from error
+    if settings.params_file is not None:
+        check_params_file(settings.params_file)
+    if settings.keys is not None and not settings.keys.is_dir():
+        raise ConfigError(f"there is no folder of keys {settings.keys}", "simplevla keys new NAME")
+    if settings.server == NO_SERVER:
+        return
     needed = (
         _check_bundle(settings, embodiment) if settings.is_local else _check_server(settings, embodiment)
     )
     for name in needed:
         if settings.cameras and name not in settings.cameras:
             raise ConfigError(f"the policy needs camera {name!r}, which is left out", "start that camera")
+
+
+def check_params_file(path: Path) -> None:
+    """Check that a file has the shape of ROS 2's parameter files; what it names, each node checks.
+
+    Raises:
+        ConfigError: it is missing, no YAML, or has another shape.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}", "give a YAML file") from error
+    nodes = content.values() if isinstance(content, dict) else ()
+    if not nodes or not all(isinstance(node, dict) and set(node) == {"ros__parameters"} for node in nodes):
+        raise ConfigError(
+            f"{path} is no file of ROS 2 parameters",
+            "write it as config/nodes.yaml is written",
+        )
 
 
 def _check_bundle(settings: Settings, embodiment: Embodiment) -> tuple[str, ...]:
@@ -312,9 +454,10 @@ def _check_bundle(settings: Settings, embodiment: Embodiment) -> tuple[str, ...]
 
 def _check_server(settings: Settings, embodiment: Embodiment) -> tuple[str, ...]:
     """Return the cameras that the served policy needs, after checking that it fits robot and task."""
-    from policy_server.client import PolicyClient, keys_for
+    from policy_server.client import ClientKeys, PolicyClient, keys_for
 
-    with PolicyClient(settings.server, embodiment=embodiment, keys=keys_for(settings.server)) as client:
+    keys = ClientKeys.find(settings.keys) if settings.keys is not None else keys_for(settings.server)
+    with PolicyClient(settings.server, embodiment=embodiment, keys=keys) as client:
         require_choice("task", settings.task, sorted(client.info.instructions))
         return tuple(need.name for need in client.info.cameras)
 
@@ -345,11 +488,22 @@ def _simplevla(settings: Settings, *words: str) -> tuple[str, ...]:
     return (sys.executable, "-m", "simplevla", "--log-level", settings.log_level, *words)
 
 
-def _node(settings: Settings, module: str, parameters: Mapping[str, str]) -> tuple[str, ...]:
+def _node(
+    settings: Settings,
+    module: str,
+    parameters: Mapping[str, str],
+    *,
+    defaults: Mapping[str, str] | None = None,
+) -> tuple[str, ...]:
+    """Return the command of a node; the file of parameters wins over ``defaults``, the others over it."""
     command = [sys.executable, "-m", f"robot_bridge.nodes.{module}", "--ros-args"]
     if settings.namespace:
         command += ["-r", f"__ns:=/{settings.namespace}"]
-    for name, value in parameters.items():
-        if value:
-            command += ["-p", f"{name}:={value}"]
-    return tuple(command)
+    command += _parameters(defaults or {})
+    if settings.params_file is not None:
+        command += ["--params-file", str(settings.params_file.resolve())]
+    return (*command, *_parameters(parameters))
+
+
+def _parameters(values: Mapping[str, str]) -> list[str]:
+    return [word for name, value in values.items() if value for word in ("-p", f"{name}:={value}")]

@@ -1,23 +1,27 @@
-"""``simplevla up``, ``simplevla trial`` and ``simplevla twin``."""
+"""``simplevla up``, ``trial``, ``twin``, ``estop`` and ``recording``."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import sys
 from pathlib import Path
 
 from robot_bridge.bringup import ARGUMENTS, EXECUTIONS, LOCAL, Settings
 from simplevla.cli import Command, whole_number
+from simplevla.errors import RecordError
 
 _UP_EPILOG = """\
 Starts, in order and each when what it needs is ready: the twin (for a twin's rig), the policy server
-(unless --server names one), the arms' node, the policy's node. Logs go to the run's folder. Ctrl-C ends
-the policy first; the arms brake and hold; the twin ends last. Motors are off until you enable the arms:
+(unless --server names one), the nodes of the arms, of transforms and of the policy. Logs go to the run's
+folder. What dies is started again, at most three times in two minutes; arms that come back are off. On
+Ctrl-C the arms brake and hold at once; the twin ends last. Motors are off until you enable the arms:
 
   ros2 service call /arms/enable std_srvs/srv/Trigger
   ros2 service call /arms/go_home std_srvs/srv/Trigger
   ros2 service call /policy/start std_srvs/srv/Trigger
-  ros2 service call /arms/estop std_srvs/srv/Trigger       the arms' own damped stop
+  simplevla estop                                          the arms' own damped stop, by a key
 
 The twin uses ROS_DOMAIN_ID 77 unless you set another, so that it never meets a robot.
 
@@ -25,6 +29,7 @@ examples:
   simplevla up                                             twin and policy server on this machine
   simplevla up --rig my_rig.yaml --server tcp://127.0.0.1:5555
   simplevla up --record true --log-level debug
+  simplevla up --rig my_rig.yaml --server none --arms left   one arm, and cameras, without a policy
 """
 _TRIAL_EPILOG = """\
 Makes trials of a policy, judges and records each, and writes a report. It starts everything that it
@@ -45,6 +50,26 @@ a driver or a node by hand. Prints one line that starts with "ready". Ctrl-C end
 examples:
   simplevla twin
   simplevla twin --rig twin_single --seed 3
+"""
+_ESTOP_EPILOG = """\
+Waits for a key, and stops all arms at each but q: their own damped stop, motors on, latched. It asks the
+arms' node, which listens in a thread of its own; if that does not confirm within 0.3 s, the stop is sent
+straight to every arm's bus. To go on: support the arms, reset them (which cuts their power), enable them.
+The same by a topic, for a button: std_msgs/Bool true on estop; by a service: arms/estop.
+
+examples:
+  simplevla estop                                          for the twin, in its ROS domain
+  simplevla estop --rig /etc/simplevla/rig.yaml
+  simplevla estop --rig /etc/simplevla/rig.yaml --now      without a key; exit status 0 if it was done
+"""
+_RECORDING_EPILOG = """\
+A recording that was cut lies in the run's folder, in interrupted/. recover writes what can be read of it
+to its place in the run's folder, as a whole recording; what was interrupted stays where it is.
+
+examples:
+  simplevla recording recover runs/2026-11-25_10-00-00
+  simplevla recording recover runs/2026-11-25_10-00-00/interrupted/trial_003
+  simplevla recording show runs/2026-11-25_10-00-00/trial_000
 """
 
 
@@ -141,7 +166,8 @@ def _configure_trial(parser: argparse.ArgumentParser) -> None:
 
 
 def _trial(args: argparse.Namespace) -> int:
-    from robot_bridge.trials import TrialSettings, run_trials
+    from robot_bridge.trial_plan import TrialSettings
+    from robot_bridge.trials import run_trials
 
     names = {field.name for field in dataclasses.fields(TrialSettings)}
     values = {name: value for name, value in vars(args).items() if name in names}
@@ -179,6 +205,67 @@ def _twin(args: argparse.Namespace) -> int:
     return process.run(load_rig(args.rig), task=args.task, seed=args.seed, metal=metal)
 
 
+def _configure_estop(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _ESTOP_EPILOG
+    parser.add_argument(
+        "--rig", default="twin", help="name of a rig in config/rig, or a path to a .yaml file"
+    )
+    parser.add_argument("--namespace", default="", help="ROS namespace of the stack (default: none)")
+    parser.add_argument("--now", action="store_true", help="stop at once, without waiting for a key")
+
+
+def _estop(args: argparse.Namespace) -> int:
+    from robot_bridge.bringup import environment
+    from robot_bridge.estop import run_estop
+    from robot_bridge.rig import load_rig
+
+    rig = load_rig(args.rig)
+    os.environ.update(environment(Settings(rig=args.rig), rig))
+    return run_estop(rig, args.namespace, now=args.now)
+
+
+def _configure_recording(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _RECORDING_EPILOG
+    steps = parser.add_subparsers(dest="step", metavar="STEP", required=True)
+    recover = steps.add_parser("recover", help="make recordings of what interrupted ones have left behind")
+    recover.add_argument(
+        "path", type=Path, metavar="PATH", help="a run's folder, or an interrupted recording in it"
+    )
+    show = steps.add_parser("show", help="say what a recording holds")
+    show.add_argument("path", type=Path, metavar="PATH", help="folder of a recording")
+
+
+def _recording(args: argparse.Namespace) -> int:
+    if args.step == "show":
+        return _show_recording(args.path)
+    from robot_bridge.recovery import interrupted_recordings, recover
+
+    failures = 0
+    for interrupted in interrupted_recordings(args.path):
+        try:
+            found = recover(interrupted)
+        except RecordError as error:
+            failures += 1
+            print(f"simplevla recording: {error}", file=sys.stderr)
+        else:
+            print(f"{found.path}: {sum(found.counts.values())} messages, {found.duration_s:.1f} s")
+    return 1 if failures else 0
+
+
+def _show_recording(path: Path) -> int:
+    from robot_bridge.recording import read_recording
+
+    recording = read_recording(path, images=False)
+    for key, value in sorted(recording.metadata.items()):
+        print(f"{key:30} {value}")
+    for topic, count in sorted(recording.counts.items()):
+        dropped = recording.dropped.get(topic, 0)
+        print(f"{topic:30} {count}{f', {dropped} dropped' if dropped else ''}")
+    return 0
+
+
 UP = Command("start twin or robot, policy server and bridge, until Ctrl-C", _configure_up, _up)
 TRIAL = Command("make judged, recorded trials of a policy, with a report", _configure_trial, _trial)
 TWIN = Command("run the simulated robot that stands in for the metal", _configure_twin, _twin)
+ESTOP = Command("stop the arms by a key, whatever else runs or hangs", _configure_estop, _estop)
+RECORDING = Command("recover interrupted recordings, show what one holds", _configure_recording, _recording)

@@ -1,4 +1,4 @@
-"""Runs the processes that :mod:`robot_bridge.bringup` describes: start, watch, end in order.
+"""Runs the processes that :mod:`robot_bridge.bringup` describes: start, watch, start again, end in order.
 
 For machines without ``ros2 launch``; with it, ``launch/bringup.launch.py`` does the same.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import os
 import signal
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from robot_bridge.bringup import READY, Process, Settings, check, environment, processes
+from robot_bridge.respawn import DELAY_S, Respawns
 from robot_bridge.rig import Rig, load_rig, save_rig, with_free_ports
 from simplevla.errors import UnavailableError
 
@@ -28,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
 _ENDING_S = 60.0  # longer than ending every process takes, even if each has to be killed
-_PATIENCE_S = ((signal.SIGINT, 8.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 3.0))
+_ASK = signal.SIGINT
+_PATIENCE_S = ((_ASK, 8.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 3.0))
 
 
 class ProcessEndedError(UnavailableError):
@@ -36,11 +39,13 @@ class ProcessEndedError(UnavailableError):
 
     Attributes:
         process: its name.
+        for_good: it is not started again.
     """
 
-    def __init__(self, process: str, message: str, remedy: str) -> None:
+    def __init__(self, process: str, message: str, remedy: str, *, for_good: bool = True) -> None:
         super().__init__(message, remedy)
         self.process = process
+        self.for_good = for_good
 
 
 def run_up(settings: Settings) -> int:
@@ -104,29 +109,44 @@ class Stack:
         return [process.name for process in self._described]
 
     def check(self) -> None:
-        """Check that everything that is required runs.
+        """Check that everything that is required runs, and start again what has ended and may be.
 
         Raises:
-            ProcessEndedError: a process ended; the message names it and its log.
+            ProcessEndedError: a process is down; the message names it and its log. One that is being
+                started again is no error any more once it is ready.
         """
+        down: ProcessEndedError | None = None
         for running in self._running.values():
-            if running.process.required and running.status is not None:
-                raise running.death()
+            if running.status is not None:
+                running.start_again_when_due()
+            if running.process.required and (running.status is not None or not running.ready):
+                down = down or running.death()
+        if down is not None:
+            raise down
 
     def wait(self) -> None:
-        """Return never, until a required process ends.
+        """Return never, until a required process has ended for good.
 
         Raises:
             UnavailableError: one did.
         """
         while True:
-            self.check()
+            try:
+                self.check()
+            except ProcessEndedError as error:
+                if error.for_good:
+                    raise
             time.sleep(_POLL_S)
 
     def close(self) -> None:
         """End every process, in order; one that does not listen is killed."""
-        for running in sorted(self._running.values(), key=lambda r: r.process.stop_order):
-            running.stop()
+        order = sorted(self._running.values(), key=lambda running: running.process.stop_order)
+        for _, together in itertools.groupby(order, key=lambda running: running.process.stop_order):
+            ending = list(together)
+            for running in ending:
+                running.ask_to_end()
+            for running in ending:
+                running.stop()
         self._running.clear()
 
     def _start(self) -> None:
@@ -192,21 +212,30 @@ class _Running:
     def __init__(self, process: Process, logs: Path, shows_output: bool) -> None:
         self.process = process
         self.log = logs / f"{process.name}.log"
-        self._began_s = time.monotonic()
-        self._ready = threading.Event()
         self._last: deque[str] = deque(maxlen=5)
         self._shows_output = shows_output
+        self._respawns = Respawns()
+        self._due_s: float | None = None  # when it is started again
+        self._given_up = not process.respawn
+        self.log.write_bytes(b"")
+        self._begin()
+
+    def _begin(self) -> None:
+        self._began_s = time.monotonic()
+        self._ready = threading.Event()
         self._child = subprocess.Popen(
-            process.command,
+            self.process.command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=os.environ | process.env,
+            env=os.environ | self.process.env,
             start_new_session=True,
             text=True,
             errors="replace",
         )
-        self._reader = threading.Thread(target=self._read, name=f"log-{process.name}", daemon=True)
+        self._reader = threading.Thread(
+            target=self._read, args=(self._child, self._ready), name=f"log-{self.process.name}", daemon=True
+        )
         self._reader.start()
 
     @property
@@ -217,8 +246,27 @@ class _Running:
     def status(self) -> int | None:
         return self._child.poll()
 
+    @property
+    def comes_back(self) -> bool:
+        """Whether it runs, or is about to run again."""
+        if self.status is None:
+            return self.ready or time.monotonic() - self._began_s <= self.process.ready_timeout_s
+        return not self._given_up
+
+    def start_again_when_due(self) -> None:
+        """Start a process that has ended again, a moment after it did."""
+        if self._given_up:
+            return
+        if self._due_s is None:
+            self._given_up = not self._respawns.allowed()
+            self._due_s = time.monotonic() + DELAY_S
+            logger.warning("%s%s", self.death(), "" if self._given_up else "; it is started again")
+        elif time.monotonic() >= self._due_s:
+            self._due_s = None
+            self._begin()
+
     def require_ready_in_time(self) -> None:
-        if self.status is not None and self.process.required:
+        if self.status is not None:
             raise self.death()
         if not self.ready and time.monotonic() - self._began_s > self.process.ready_timeout_s:
             raise UnavailableError(
@@ -227,28 +275,39 @@ class _Running:
             )
 
     def death(self) -> ProcessEndedError:
-        self._reader.join(1.0)
-        said = self._last[-1] if self._last else "it said nothing"
+        if self.status is None:
+            message = f"{self.process.name} has ended, and is being started again"
+        else:
+            self._reader.join(1.0)
+            said = self._last[-1] if self._last else "it said nothing"
+            message = f"{self.process.name} ended with status {self.status}: {said}"
         return ProcessEndedError(
-            self.process.name,
-            f"{self.process.name} ended with status {self.status}: {said}",
-            f"see {self.log}",
+            self.process.name, message, f"see {self.log}", for_good=not self.comes_back
         )
 
+    def ask_to_end(self) -> None:
+        if self.status is None:
+            self._signal(_ASK)
+
     def stop(self) -> None:
+        """Wait for a process that was asked to end; ask it in other ways, if need be."""
         for number, patience_s in _PATIENCE_S:
             if self.status is not None:
                 break
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._child.pid, number)
+            if number is not _ASK:
+                self._signal(number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._child.wait(patience_s)
         self._reader.join(1.0)
         logger.debug("%s ended with status %s", self.process.name, self.status)
 
-    def _read(self) -> None:
-        assert self._child.stdout is not None
-        with self.log.open("w", encoding="utf-8") as log, self._child.stdout as lines:
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._child.pid, number)
+
+    def _read(self, child: subprocess.Popen[str], ready: threading.Event) -> None:
+        assert child.stdout is not None
+        with self.log.open("a", encoding="utf-8") as log, child.stdout as lines:
             for line in lines:
                 log.write(line)
                 log.flush()
@@ -257,8 +316,8 @@ class _Running:
                     self._last.append(text)
                 if self._shows_output:
                     print(f"[{self.process.name}] {text}", file=sys.stderr, flush=True)
-                if text.startswith(READY) and not self._ready.is_set():
-                    self._ready.set()
+                if text.startswith(READY) and not ready.is_set():
+                    ready.set()
                     logger.info("%s is ready (%.1f s)", self.process.name, time.monotonic() - self._began_s)
 
 

@@ -16,8 +16,21 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from robot_bridge.bringup import ARGUMENTS, Process, Settings, check, environment, processes
+from robot_bridge.bringup import (
+    ARGUMENTS,
+    TRIAL_ARGUMENTS,
+    TWIN_ARGUMENTS,
+    Process,
+    Settings,
+    check,
+    check_params_file,
+    environment,
+    processes,
+    require_twin,
+    trial_process,
+)
 from robot_bridge.cli import TRIAL, UP
+from robot_bridge.order import OUTLIVES
 from robot_bridge.rig import CanPort, Rig, load_rig, save_rig
 from robot_bridge.stack import Stack, private
 from simplevla.cli import main
@@ -66,13 +79,17 @@ def test_a_twin_with_a_local_server_runs_these_processes_in_this_order():
     described = processes(
         Settings(cameras=("head",), record=True, namespace="lab", execution="real-time", horizon=3)
     )
-    assert [p.name for p in described] == ["twin", "server", "arms", "recorder", "policy"]
+    assert [p.name for p in described] == ["twin", "server", "arms", "transforms", "recorder", "policy"]
     seen: set[str] = set()
     for process in described:
         assert seen.issuperset(process.after)
         seen.add(process.name)
     ending = [p.name for p in sorted(described, key=lambda p: p.stop_order)]
-    assert ending == ["policy", "recorder", "arms", "server", "twin"]
+    assert ending == ["arms", "policy", "transforms", "recorder", "server", "twin"]
+    outlives = {p.name: p.env[OUTLIVES] for p in described}
+    assert outlives["arms"] == "policy"
+    assert outlives["recorder"] == outlives["twin"] == "policy,arms"
+    assert not outlives["policy"]
     commands = {p.name: " ".join(p.command) for p in described}
     assert all(command.startswith(sys.executable) for command in commands.values())
     assert "-r __ns:=/lab" in commands["arms"]
@@ -83,9 +100,73 @@ def test_a_twin_with_a_local_server_runs_these_processes_in_this_order():
 
 def test_with_metal_and_a_remote_server_only_the_bridge_runs(tmp_path):
     described = processes(Settings(rig=metal(tmp_path), server="tcp://10.0.0.5:5555"))
-    assert [p.name for p in described] == ["arms", "policy"]
+    assert [p.name for p in described] == ["arms", "transforms", "policy"]
     assert all(not p.after for p in described)
     assert "server:=tcp://10.0.0.5:5555" in " ".join(described[-1].command)
+
+
+def test_without_a_server_arms_and_cameras_come_up_alone(tmp_path):
+    settings = Settings.from_arguments(
+        {"rig": metal(tmp_path), "server": "none", "arms": "left", "override_session_record": "true"}
+    )
+    check(settings)
+    commands = {p.name: " ".join(p.command) for p in processes(settings)}
+    assert sorted(commands) == ["arms", "policy", "transforms"]
+    assert "-p server:=none" in commands["policy"]
+    assert "task:=" not in commands["policy"]
+    assert all("-p arms:=left" in command for command in commands.values())
+    with pytest.raises(ConfigError, match="unknown arm 'third'"):
+        check(dataclasses.replace(settings, arms=("third",)))
+
+
+def test_a_policy_for_two_arms_is_not_run_with_one():
+    with pytest.raises(SimplevlaError, match="state names differ"):
+        check(Settings(arms=("left",)))
+
+
+def test_parameters_of_a_file_win_over_defaults_and_arguments_over_them(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("/**/arms:\n  ros__parameters:\n    max_feedback_age_s: 0.2\n")
+    check_params_file(path)
+    words = list(next(p for p in processes(Settings(params_file=path)) if p.name == "arms").command)
+    places = [words.index(word) for word in ("max_feedback_age_s:=0.5", str(path), "rig:=twin")]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read"),
+        ("a: [", "cannot be read"),
+        ("", "no file of ROS 2 parameters"),
+        ("/arms:\n  lead_s: 1\n", "no file of ROS 2 parameters"),
+    ],
+)
+def test_a_file_that_holds_no_parameters_is_refused(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        check(Settings(params_file=path))
+
+
+def test_keys_reach_every_process_and_must_be_there(tmp_path):
+    settings = Settings(keys=tmp_path, server="tcp://10.0.0.5:5555")
+    assert {p.env["SIMPLEVLA_KEYS"] for p in processes(settings)} == {str(tmp_path)}
+    with pytest.raises(ConfigError, match="no folder of keys"):
+        check(dataclasses.replace(settings, keys=tmp_path / "none"))
+
+
+def test_the_trials_of_a_launch_attach_to_what_it_has_started(tmp_path):
+    settings = Settings(out=tmp_path, namespace="lab", server="tcp://127.0.0.1:5556")
+    values = {argument.name: argument.default for argument in TRIAL_ARGUMENTS}
+    trial = trial_process(settings, values | {"trials": "3", "operator": "maria"})
+    parser = argparse.ArgumentParser()
+    TRIAL.configure(parser)
+    args = parser.parse_args(trial.command[trial.command.index("trial") + 1 :])
+    assert (args.attach, args.trials, args.seed, args.operator) == (True, 3, 10_000, "maria")
+    assert (args.namespace, args.server, args.out) == ("lab", settings.server, tmp_path / "trials")
+    assert set(trial.after) == {p.name for p in processes(settings)}
 
 
 def test_twin_and_metal_do_not_share_a_ros_domain(tmp_path, monkeypatch):
@@ -240,6 +321,60 @@ def test_a_stack_that_does_not_start_leaves_nothing_running(tmp_path, monkeypatc
     assert not stack._running
 
 
+@pytest.fixture
+def quick_respawn(monkeypatch):
+    """Processes that end are started again at once."""
+    monkeypatch.setattr("robot_bridge.stack.DELAY_S", 0.05)
+
+
+def checked(stack: Stack, condition, timeout_s: float = 20.0) -> None:
+    """Check ``stack`` again and again until ``condition`` holds of the error, or of None."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        error = None
+        try:
+            stack.check()
+        except UnavailableError as raised:
+            error = raised
+        if condition(error):
+            return
+        assert time.monotonic() < deadline, error
+        time.sleep(0.02)
+
+
+@pytest.mark.usefixtures("quick_respawn")
+def test_a_process_that_may_is_started_again(tmp_path, monkeypatch):
+    mark = tmp_path / "mark"
+    code = f"""
+import pathlib, time
+print("ready", flush=True)
+mark = pathlib.Path({str(mark)!r})
+if not mark.exists():
+    mark.touch()
+    time.sleep(0.3)
+    raise SystemExit("stumbled")
+time.sleep(60)
+"""
+    described = [small_process("stumbling", code, respawn=True), small_process("steady", SLEEPER)]
+    with stack_of(monkeypatch, tmp_path, described) as stack:
+        first = stack._running["stumbling"]._child.pid
+        checked(stack, lambda error: error is not None and "stumbled" in str(error))
+        checked(stack, lambda error: error is None)
+        assert stack._running["stumbling"]._child.pid != first
+    assert (stack.logs / "stumbling.log").read_text().split()[:3] == ["ready", "stumbled", "ready"]
+
+
+@pytest.mark.usefixtures("quick_respawn")
+def test_a_process_that_never_lasts_ends_the_run(tmp_path, monkeypatch):
+    code = "import time\nprint('ready', flush=True)\ntime.sleep(0.2)\nraise SystemExit('again')"
+    with (
+        stack_of(monkeypatch, tmp_path, [small_process("falling", code, respawn=True)]) as stack,
+        pytest.raises(UnavailableError, match="falling ended with status 1: again"),
+    ):
+        stack.wait()
+    assert (stack.logs / "falling.log").read_text().split() == ["ready", "again"] * 4
+
+
 def test_a_process_that_ignores_every_plea_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "robot_bridge.stack._PATIENCE_S",
@@ -251,24 +386,38 @@ def test_a_process_that_ignores_every_plea_is_killed(tmp_path, monkeypatch):
     assert child.returncode == -signal.SIGKILL
 
 
-def launch_file() -> Path:
-    return share_dir() / "launch/bringup.launch.py"
+LAUNCH_FILES = {
+    "bringup": ARGUMENTS,
+    "twin": TWIN_ARGUMENTS,
+    "trial": ARGUMENTS + TRIAL_ARGUMENTS,
+}
 
 
-def test_the_launch_file_reads_the_same_description():
+def launch_file(name: str) -> Path:
+    return share_dir() / f"launch/{name}.launch.py"
+
+
+def test_twin_launch_takes_no_robot(tmp_path):
+    require_twin(Settings(rig="twin_single"))
+    with pytest.raises(ConfigError, match="no twin's"):
+        require_twin(Settings(rig=metal(tmp_path)))
+
+
+@pytest.mark.parametrize("name", LAUNCH_FILES)
+def test_a_launch_file_reads_the_same_description(name):
     """Without ROS's launch: it declares nothing of its own and takes everything from bringup."""
-    tree = ast.parse(launch_file().read_text())
+    tree = ast.parse(launch_file(name).read_text())
     imported = {
         alias.name
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module == "robot_bridge.bringup"
+        if isinstance(node, ast.ImportFrom)
+        and node.module in ("robot_bridge.bringup", "robot_bridge.launching")
         for alias in node.names
     }
-    assert {"ARGUMENTS", "Settings", "check", "processes"} <= imported
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    declaring = [c for c in calls if getattr(c.func, "id", "") == "DeclareLaunchArgument"]
-    executing = [c for c in calls if getattr(c.func, "id", "") == "ExecuteProcess"]
-    assert len(declaring) == len(executing) == 1
+    assert {"Settings", "bring_up", "declared", "given"} <= imported
+    assert any(word.endswith("ARGUMENTS") for word in imported)
+    called = {getattr(node.func, "id", "") for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert not called & {"DeclareLaunchArgument", "ExecuteProcess", "Node"}
 
 
 def ros_launch_is_here() -> bool:
@@ -279,35 +428,88 @@ def ros_launch_is_here() -> bool:
         return False
 
 
-@pytest.mark.skipif(not ros_launch_is_here(), reason="ROS 2's launch is not installed here")
-def test_the_launch_file_loads_and_shows_its_arguments():
+needs_launch = pytest.mark.skipif(not ros_launch_is_here(), reason="ROS 2's launch is not installed here")
+
+
+@needs_launch
+@pytest.mark.parametrize("name", LAUNCH_FILES)
+def test_a_launch_file_loads_and_shows_its_arguments(name):
     from launch.launch_description_sources import PythonLaunchDescriptionSource
 
-    description = PythonLaunchDescriptionSource(
-        str(launch_file())
-    ).try_get_launch_description_without_context()
-    declared = {a.name: a for a in description.get_launch_arguments()}
-    assert set(declared) == {argument.name for argument in ARGUMENTS}
-    for argument in ARGUMENTS:
+    source = PythonLaunchDescriptionSource(str(launch_file(name)))
+    declared = {
+        a.name: a for a in source.try_get_launch_description_without_context().get_launch_arguments()
+    }
+    assert set(declared) == {argument.name for argument in LAUNCH_FILES[name]}
+    for argument in LAUNCH_FILES[name]:
         assert declared[argument.name].description.startswith(argument.description)
         assert tuple(declared[argument.name].choices or ()) == argument.choices
 
 
-@pytest.mark.skipif(not ros_launch_is_here(), reason="ROS 2's launch is not installed here")
-def test_the_launch_file_refuses_bad_input():
+def launched(
+    name: str, arguments: dict[str, str], patch: str = "", *, end_on: str = "\0"
+) -> subprocess.CompletedProcess[str]:
+    """Run a launch file as ``ros2 launch`` does without a terminal; interrupt it at ``end_on``."""
     script = (
         "import sys\n"
         "from launch import LaunchDescription, LaunchService\n"
         "from launch.actions import IncludeLaunchDescription\n"
         "from launch.launch_description_sources import PythonLaunchDescriptionSource as Source\n"
-        "service = LaunchService()\n"
-        f"include = IncludeLaunchDescription(Source({str(launch_file())!r}),\n"
-        "    launch_arguments={'rig': 'nowhere'}.items())\n"
+        f"{patch}\n"
+        "service = LaunchService(noninteractive=True)\n"
+        f"include = IncludeLaunchDescription(Source({str(launch_file(name))!r}),\n"
+        f"    launch_arguments={arguments!r}.items())\n"
         "service.include_launch_description(LaunchDescription([include]))\n"
         "sys.exit(service.run())\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+    assert process.stdout is not None
+    said = ""
+    try:
+        for line in process.stdout:
+            said += line
+            if end_on in line:
+                process.send_signal(signal.SIGINT)
+        process.wait(60)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, said)
+
+
+@needs_launch
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("bringup", {"rig": "nowhere"}, "unknown rig 'nowhere'"),
+        ("twin", {"task": "juggle"}, "unknown task 'juggle'"),
+        ("trial", {"arms": "third"}, "unknown arm 'third'"),
+    ],
+)
+def test_a_launch_file_refuses_bad_input(name, arguments, message):
+    done = launched(name, arguments)
     assert done.returncode != 0
-    assert "unknown rig 'nowhere'" in done.stdout + done.stderr
+    assert message in done.stdout
+
+
+@needs_launch
+def test_a_launch_starts_in_order_starts_again_and_ends_on_ctrl_c(tmp_path):
+    mark = tmp_path / "mark"
+    stumbling = (
+        f"import pathlib, time; mark = pathlib.Path({str(mark)!r}); here = mark.exists(); mark.touch()\n"
+        "print('ready', flush=True); time.sleep(60 if here else 0.3)"
+    )
+    last = "import time; print('ready, all of us', flush=True); time.sleep(60)"
+    patch = (
+        "import robot_bridge.launching as launching\n"
+        "from robot_bridge.bringup import Process\n"
+        "launching.check = lambda _: None\n"
+        f"first = Process('first', (sys.executable, '-c', {stumbling!r}), {{}}, respawn=True)\n"
+        f"second = Process('second', (sys.executable, '-c', {last!r}), {{}}, after=('first',))\n"
+        "launching.processes = lambda _: [first, second]\n"
+    )
+    done = launched("bringup", {}, patch, end_on="it is started again")
+    assert done.stdout.index("[first-1]: process started") < done.stdout.index("[second-")
+    assert "first has ended with status 0: it is started again" in done.stdout
+    assert done.returncode == 0, done.stdout

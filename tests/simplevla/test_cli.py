@@ -11,8 +11,8 @@ from simplevla.cli import GROUP, Command, main, require_choice, whole_number
 from simplevla.errors import ConfigError
 
 COMMANDS = [
-    "bench", "calibrate", "compile", "doctor", "evaluate", "inspect", "keys", "observe", "serve",
-    "train", "train-report", "trial", "twin", "up",
+    "bench", "calibrate", "compile", "doctor", "estop", "evaluate", "inspect", "keys", "observe",
+    "recording", "serve", "train", "train-report", "trial", "twin", "up",
 ]  # fmt: skip
 
 
