@@ -6,8 +6,11 @@ operator's, asked on the terminal.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import select
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TextIO
@@ -17,6 +20,38 @@ from simplevla.trial import FailureCode, Strategy
 
 if TYPE_CHECKING:
     from robot_bridge.twin.control import TwinControl
+
+
+TERMINAL = "/dev/tty"  # of whoever started us, whatever our own input is
+
+
+def has_operator() -> bool:
+    """Return whether somebody sits at a terminal: ours, or that of the launch we are part of."""
+    try:
+        with operator_terminal():
+            return True
+    except UnavailableError:
+        return False
+
+
+@contextlib.contextmanager
+def operator_terminal() -> Iterator[tuple[TextIO, TextIO]]:
+    """Yield where the operator answers, and where questions go.
+
+    Under ``ros2 launch`` input and output are pipes; the terminal it was started from is ours as well.
+
+    Raises:
+        UnavailableError: there is no terminal.
+    """
+    if sys.stdin.isatty():
+        yield sys.stdin, sys.stdout
+        return
+    try:
+        answers = open(TERMINAL, encoding="utf-8")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise UnavailableError("there is no operator's terminal", "run this from a terminal") from error
+    with answers, open(TERMINAL, "w", encoding="utf-8") as questions:
+        yield answers, questions
 
 
 @dataclass(frozen=True)

@@ -9,44 +9,28 @@ policy; two such in a row end the run.
 from __future__ import annotations
 
 import contextlib
-import getpass
 import logging
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 
-from policy_server.client import PolicyClient, keys_for
 from robot_bridge import bringup
 from robot_bridge.latency import ChunkTrace, count_limit_events, one_line, read_traces, split
 from robot_bridge.nodes.trial import PolicyState, TrialNode
 from robot_bridge.progress import Progress
 from robot_bridge.recording import TrialRecorder, read_recording
 from robot_bridge.report import is_slow, make_report, simulated_rate
-from robot_bridge.rig import Rig, load_rig
-from robot_bridge.scene import Judgement, OperatorScene, Scene, TwinScene
+from robot_bridge.rig import Rig
+from robot_bridge.scene import Judgement, OperatorScene, Scene, TwinScene, operator_terminal
 from robot_bridge.stack import ProcessEndedError, Stack, interruptible, private
+from robot_bridge.trial_plan import Plan, TrialSettings, prepare
 from robot_bridge.twin.control import TwinControl
-from simplevla import __version__
-from simplevla.bundle import MANIFEST, Bundle, load_bundle
-from simplevla.cli import require_choice
-from simplevla.embodiment import Embodiment, require_same
-from simplevla.errors import BundleError, ConfigError, RecordError, SimplevlaError, UnavailableError
-from simplevla.files import share_dir
-from simplevla.trial import (
-    FailureCode,
-    Outcome,
-    RunInfo,
-    Strategy,
-    Trial,
-    TrialIndex,
-    save_index,
-)
+from simplevla.errors import RecordError, SimplevlaError, UnavailableError
+from simplevla.trial import FailureCode, Outcome, Strategy, Trial, TrialIndex, save_index
 
 _WATCH_PERIOD_S = 0.1
 _HOME_TIMEOUT_S = 30.0
@@ -55,70 +39,12 @@ _ENABLE_TIMEOUT_S = 20.0
 _START_TIMEOUT_S = 10.0
 _STILL_TIMEOUT_S = 5.0
 _SETTLE_TIMEOUT_S = 2.0
+_RESPAWN_TIMEOUT_S = 120.0
 _PAUSE_S = 1.0
 _ERRORS_IN_A_ROW = 2
 _FIRST_DOMAIN, _DOMAINS = 1, 70  # clear of ROS's default, of the twin's own and of the ephemeral ports
 _LOST_WITH = {"server": FailureCode.SERVER_LOST, "arms": FailureCode.ARM_LOST}
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TrialSettings:
-    """What to try, with what, and how often.
-
-    Attributes:
-        task: name of the task.
-        bundle: the policy; the one that ships for the task by default.
-        rig: name of a rig in ``config/rig``, or a path to a .yaml file.
-        trials: how many.
-        seed: of the first trial; the next have the seeds that follow. The default is the first
-            start of the evaluation in simulation, so that the two can be compared start by start.
-        step_limit: actions after which a trial fails; RoboTwin gives ``move_can_pot`` 200.
-        backend: of the policy server that is started.
-        execution: how chunks become motion; see :mod:`robot_bridge.execution_modes`.
-        horizon: actions played of each answer; 0 as the mode has it.
-        server: address of a policy server that runs already; none is started then.
-        attach: use a stack that runs already, on the rig's own ports, instead of starting one.
-        namespace: ROS namespace of the stack.
-        session_record: the last calibration's record; metal moves only with a valid one.
-        override_session_record: move metal without one.
-        operator: who makes the trials; the user's name by default.
-        out: folder of the run, new or empty; ``runs/<time>`` by default.
-    """
-
-    task: str = "move_can_pot"
-    bundle: Path | None = None
-    rig: str = "twin"
-    trials: int = 5
-    seed: int = 10_000
-    step_limit: int = 200
-    backend: str = "onnxruntime"
-    execution: str = "synchronous"
-    horizon: int = 0
-    server: str | None = None
-    attach: bool = False
-    namespace: str = ""
-    session_record: Path = Path("runs/session.json")
-    override_session_record: bool = False
-    operator: str = ""
-    out: Path | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Settings that were found good, with everything they name."""
-
-    settings: TrialSettings
-    rig: Rig
-    embodiment: Embodiment
-    bundle: Bundle
-    instruction: str
-    out: Path
-
-    @property
-    def patience_s(self) -> float:
-        """Wall-clock bound of a trial: generous, for a part that hangs without saying so."""
-        return 60.0 + 5.0 * self.settings.step_limit * self.bundle.manifest.dt_s
 
 
 def run_trials(settings: TrialSettings) -> int:
@@ -140,37 +66,10 @@ def run_trials(settings: TrialSettings) -> int:
     return 1 if run.errors else 0
 
 
-def prepare(settings: TrialSettings) -> Plan:
-    """Check everything that can be checked before a process starts or a file is written.
-
-    Raises:
-        SimplevlaError: what is wrong, and what to do about it.
-    """
-    if settings.trials < 1 or settings.step_limit < 1 or settings.seed < 0:
-        raise ConfigError("trials and the step limit must be positive, the seed not negative", "correct it")
-    rig = load_rig(settings.rig)
-    embodiment = rig.load_embodiment()
-    bundle = load_bundle(settings.bundle or _shipped_bundle(settings.task))
-    instructions = bundle.manifest.instructions
-    require_choice("task", settings.task, sorted(instructions))
-    require_same(bundle.manifest.embodiment, embodiment, have_is="the bundle's", want_is="the rig's")
-    if settings.server is not None:
-        _check_server(settings.server, embodiment, bundle)
-    if not rig.is_twin and not sys.stdin.isatty():
-        raise ConfigError("trials on a robot need an operator at a terminal", "run this from a terminal")
-    out = settings.out or bringup.run_folder()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not empty", "choose another folder for the run")
-    plan = Plan(settings, rig, embodiment, bundle, instructions[settings.task], out)
-    if not settings.attach:
-        bringup.check(_bringup_settings(plan))
-    return plan
-
-
 @contextlib.contextmanager
 def open_stack(plan: Plan) -> Iterator[Stack | AttachedStack]:
     """Yield everything that has to run, started on ports and in a ROS domain of its own, or attached to."""
-    wanted = _bringup_settings(plan)
+    wanted = plan.bringup_settings()
     if plan.settings.attach:
         os.environ.update(bringup.environment(wanted, plan.rig))
         yield AttachedStack(plan.rig)
@@ -192,11 +91,18 @@ class AttachedStack:
         """Nothing: its processes are not ours; what is lost shows on its topics."""
 
 
-def open_scene(rig: Rig, plan: Plan) -> contextlib.AbstractContextManager[Scene]:
-    """Return the scene of ``rig``, to be entered."""
+@contextlib.contextmanager
+def open_scene(rig: Rig, plan: Plan) -> Iterator[Scene]:
+    """Yield the scene of ``rig``."""
     if rig.twin is not None:
-        return TwinScene(TwinControl(rig.twin.control), plan.settings.task)
-    return OperatorScene(plan.settings.task, plan.instruction, answers=sys.stdin, questions=sys.stdout)
+        with TwinScene(TwinControl(rig.twin.control), plan.settings.task) as scene:
+            yield scene
+        return
+    with (
+        operator_terminal() as (answers, questions),
+        OperatorScene(plan.settings.task, plan.instruction, answers=answers, questions=questions) as asked,
+    ):
+        yield asked
 
 
 class Run:
@@ -212,7 +118,7 @@ class Run:
             check_stack: raises UnavailableError if a part of the stack has ended.
         """
         self.plan = plan
-        self.index = TrialIndex(run=_run_info(plan))
+        self.index = TrialIndex(run=plan.run_info())
         self.traces: list[ChunkTrace] = []
         self._node = node
         self._scene = scene
@@ -235,7 +141,7 @@ class Run:
         in_a_row = 0
         with Progress(settings.trials, settings.step_limit) as progress:
             for number in range(settings.trials):
-                self._check_stack()
+                self._wait_for_stack()
                 if in_a_row:
                     self._enable()
                 trial = self._trial(number, settings.seed + number, progress)
@@ -248,6 +154,19 @@ class Run:
                         f"{in_a_row} trials in a row ended in an error, the last one: {trial.note}",
                         f"see the report in {self.plan.out}",
                     )
+
+    def _wait_for_stack(self) -> None:
+        """Return when all runs that has to; what has ended may be on its way back."""
+        deadline = time.monotonic() + _RESPAWN_TIMEOUT_S
+        while True:
+            try:
+                self._check_stack()
+            except ProcessEndedError as error:
+                if error.for_good or time.monotonic() > deadline:
+                    raise
+                time.sleep(_WATCH_PERIOD_S)
+            else:
+                return
 
     def _enable(self) -> None:
         """Give the arms power, at the start and after an error; nothing happens to arms that have it."""
@@ -374,7 +293,7 @@ class Run:
             policy_id=plan.bundle.id,
             instruction=plan.instruction,
             seed=seed,
-            operator=_operator(plan.settings),
+            operator=plan.operator,
             started_ns=attempt.started_ns,
             duration_s=attempt.duration_s,
             actions=attempt.actions,
@@ -471,68 +390,3 @@ def summary(index: TrialIndex, traces: list[ChunkTrace]) -> list[str]:
         slow = "; below real time, which can cost success" if is_slow(min(factors)) else ""
         lines.append(f"real-time factor  {statistics.median(factors):.2f}, lowest {min(factors):.2f}{slow}")
     return lines
-
-
-def _shipped_bundle(task: str) -> Path:
-    folder = share_dir() / "bundles"
-    shipped = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
-    if not shipped:
-        raise BundleError("no policy bundle ships with this installation", "name one with --bundle")
-    return folder / require_choice("task", task, shipped)
-
-
-def _bringup_settings(plan: Plan) -> bringup.Settings:
-    settings = plan.settings
-    return bringup.Settings(
-        rig=settings.rig,
-        task=settings.task,
-        bundle=plan.bundle.path,
-        server=settings.server or bringup.LOCAL,
-        backend=settings.backend,
-        execution=settings.execution,
-        horizon=settings.horizon,
-        seed=settings.seed,
-        namespace=settings.namespace,
-        out=plan.out,
-        session_record=settings.session_record,
-        override_session_record=settings.override_session_record,
-    )
-
-
-def _check_server(address: str, embodiment: Embodiment, bundle: Bundle) -> None:
-    with PolicyClient(address, embodiment=embodiment, keys=keys_for(address)) as client:
-        if client.info.policy_id != bundle.id:
-            raise ConfigError(
-                f"the server at {address} serves {client.info.name!r} ({client.info.policy_id[:12]}), "
-                f"not the bundle {bundle.path} ({bundle.id[:12]})",
-                "serve that bundle, or name the one that is served",
-            )
-
-
-def _run_info(plan: Plan) -> RunInfo:
-    manifest = plan.bundle.manifest
-    return RunInfo(
-        task=plan.settings.task,
-        instruction=plan.instruction,
-        rig=plan.rig.name,
-        embodiment=plan.embodiment.name,
-        operator=_operator(plan.settings),
-        policy_name=manifest.name,
-        policy_id=plan.bundle.id,
-        policy_commit=manifest.provenance.commit,
-        demonstrations=manifest.provenance.demonstrations,
-        evaluation=manifest.provenance.evaluation,
-        backend=plan.settings.backend,
-        step_limit=plan.settings.step_limit,
-        started_ns=time.time_ns(),
-        version=__version__,
-    )
-
-
-def _operator(settings: TrialSettings) -> str:
-    if settings.operator:
-        return settings.operator
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "unknown"

@@ -14,7 +14,8 @@ from robot_bridge.report import make_report
 from robot_bridge.rig import load_rig
 from robot_bridge.scene import Judgement, OperatorScene
 from robot_bridge.stack import ProcessEndedError
-from robot_bridge.trials import Plan, Run, TrialSettings, prepare, summary
+from robot_bridge.trial_plan import Plan, TrialSettings, prepare
+from robot_bridge.trials import Run, summary
 from simplevla.bundle import CodecEntry, Manifest, Provenance, load_bundle, write_bundle
 from simplevla.embodiment import load_embodiment
 from simplevla.errors import BundleError, ConfigError, EmbodimentError, SimplevlaError, UnavailableError
@@ -109,7 +110,7 @@ class SmallStack:
         arms = rclpy.create_node("arms", context=self._context)
         policy = rclpy.create_node("policy", context=self._context)
         for name, default in (("instruction", ""), ("episode", ""), ("step_limit", 0)):
-            declare(policy, name, default, "of the episode", changing=True)
+            declare(policy, name, default, "of the episode")
         self._policy = policy
         self._nodes = (arms, policy)
         self._joints = arms.create_publisher(JointState, "joint_states", 50)
@@ -281,6 +282,20 @@ def test_arms_that_never_get_home_are_an_error(bundle, tmp_path):
     (trial,) = load_index(plan.out).trials
     assert (trial.outcome, trial.recording) == (Outcome.ERROR, "")
     assert "arms/go_home" in trial.note
+
+
+def test_the_next_trial_waits_for_a_part_that_comes_back(bundle, tmp_path):
+    states = iter([False, False, None, True])
+
+    def check() -> None:
+        if (for_good := next(states)) is not None:
+            raise ProcessEndedError("server", "server ended", "see its log", for_good=for_good)
+
+    run = Run(make_plan(bundle, tmp_path / "run"), None, ScriptedScene(), check)
+    run._wait_for_stack()
+    with pytest.raises(ProcessEndedError):
+        run._wait_for_stack()
+    assert next(states, "all seen") == "all seen"
 
 
 def test_a_dead_part_ends_the_run_after_the_trial_that_saw_it(bundle, tmp_path):
