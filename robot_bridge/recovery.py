@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import struct
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -136,7 +137,7 @@ def read_linearly(source: Path) -> Iterator[tuple[str, str, int, bytes]]:
                 record = next(records)
             except StopIteration:
                 return
-            except (McapError, ValueError, RuntimeError, OverflowError, EOFError):
+            except (McapError, struct.error, ValueError, RuntimeError, OverflowError, EOFError):
                 return  # the cut: what follows it cannot be trusted
             if isinstance(record, Schema):
                 kinds[record.id] = record.name

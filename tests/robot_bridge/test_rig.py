@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from robot_bridge.rig import CanPort, Rig, TwinSettings, load_rig, save_rig, with_free_ports
+from robot_bridge.rig import CanPort, Rig, TwinSettings, load_rig, named, save_rig, with_free_ports
 from simplevla.errors import ConfigError
 
 TWIN = load_rig("twin")
@@ -95,3 +95,18 @@ def test_free_ports_keep_two_twins_apart(tmp_path: Path) -> None:
     assert first.twin.shared_memory != second.twin.shared_memory
     save_rig(first, tmp_path / "rig.yaml")
     assert load_rig(str(tmp_path / "rig.yaml")) == first
+
+
+def test_a_rig_may_be_driven_with_some_of_its_arms():
+    rig = load_rig("twin")
+    left = rig.with_arms(["left"])
+    assert left.load_embodiment().names() == rig.load_embodiment().names()[:7]
+    assert list(left.arms) == ["left"]
+    assert rig.with_arms([]) == rig
+    with pytest.raises(ConfigError, match="unknown arm 'third'"):
+        rig.with_arms(["left", "third"])
+
+
+def test_names_are_separated_by_commas():
+    assert named(" left, right ,") == ["left", "right"]
+    assert named("") == []

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pty
 import threading
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from robot_bridge.recording import INTERRUPTED, read_recording
 from robot_bridge.report import make_report
 from robot_bridge.rig import load_rig
-from robot_bridge.scene import Judgement, OperatorScene
+from robot_bridge.scene import Judgement, OperatorScene, has_operator, operator_terminal
 from robot_bridge.stack import ProcessEndedError
 from robot_bridge.trial_plan import Plan, TrialSettings, prepare
 from robot_bridge.trials import Run, summary
@@ -282,6 +283,22 @@ def test_arms_that_never_get_home_are_an_error(bundle, tmp_path):
     (trial,) = load_index(plan.out).trials
     assert (trial.outcome, trial.recording) == (Outcome.ERROR, "")
     assert "arms/go_home" in trial.note
+
+
+def test_an_operator_answers_at_the_terminal_that_a_launch_was_started_from(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", (tmp_path / "input").open("w+"))
+    monkeypatch.setattr("robot_bridge.scene.TERMINAL", str(tmp_path / "none"))
+    assert not has_operator()
+    master, slave = pty.openpty()
+    monkeypatch.setattr("robot_bridge.scene.TERMINAL", os.ttyname(slave))
+    assert has_operator()
+    with operator_terminal() as (answers, questions):
+        scene = OperatorScene("move_can_pot", "move it", answers=answers, questions=questions)
+        os.write(master, b"\n")
+        scene.clear_to_move()
+        assert b"Stand clear" in os.read(master, 1000)
+    os.close(master)
+    os.close(slave)
 
 
 def test_the_next_trial_waits_for_a_part_that_comes_back(bundle, tmp_path):
