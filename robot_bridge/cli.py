@@ -54,8 +54,9 @@ examples:
 _ESTOP_EPILOG = """\
 Waits for a key, and stops all arms at each but q: their own damped stop, motors on, latched. It asks the
 arms' node, which listens in a thread of its own; if that does not confirm within 0.3 s, the stop is sent
-straight to every arm's bus. To go on: support the arms, reset them (which cuts their power), enable them.
-The same by a topic, for a button: std_msgs/Bool true on estop; by a service: arms/estop.
+straight to every arm's bus; with --now it goes there first. To go on: support the arms, reset them (which
+cuts their power), enable them. The same by a topic, for a button: std_msgs/Bool true on estop; by a
+service: arms/estop.
 
 examples:
   simplevla estop                                          for the twin, in its ROS domain

@@ -2,8 +2,8 @@
 
 It needs nothing of the policy: it speaks to the arms' node alone, by topic and by service
 (:mod:`robot_bridge.nodes.stop_line`). If that does not confirm the stop in time, for it is dead or hangs,
-the stop goes straight to every arm's bus. A stop is no joint command: it is the one thing that needs no
-limits.
+the stop goes straight to every arm's bus; without a key, by ``--now``, it goes there first. A stop is no
+joint command: it is the one thing that needs no limits.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _STOP_ID, _STOP = 0x150, bytes([1, 0, 0, 0, 0, 0, 0, 0])  # the vendor's damped stop
 _STOP_REPEATS, _STOP_PAUSE_S = 5, 0.005
 _CONFIRM_S = 0.3
+_DISCOVERY_S = 2.0
 _HEARD_S = 2.5  # diagnostics come once a second
 _LOOK_S = 0.2
 _QUIT = ("q", "\x03", "\x04")
@@ -111,15 +112,22 @@ class StopButton:
             UnavailableError: neither the node nor every bus could be reached.
         """
         began_s = time.monotonic()
+        confirmed = self.tell_node(confirm_s)
+        if confirmed:
+            return Stopped("node", confirmed, time.monotonic() - began_s)
+        logger.warning("the arms' node does not confirm the stop; telling the buses")
+        stop_on_bus(self._rig)
+        message = "the arms' node does not confirm it; the stop was sent to every arm's bus"
+        return Stopped("bus", message, time.monotonic() - began_s)
+
+    def tell_node(self, confirm_s: float) -> str:
+        """Ask the arms' node to stop the arms; return what it says when it has, else nothing."""
         self._topic.publish(self._press)
         answer = self._ask(confirm_s)
-        if answer is not None and answer.success:
-            return Stopped("node", answer.message, time.monotonic() - began_s)
-        said = "does not answer" if answer is None else f"says: {answer.message}"
-        logger.warning("the arms' node %s; telling the buses", said)
-        stop_on_bus(self._rig)
-        message = f"the arms' node {said}; the stop was sent to every arm's bus"
-        return Stopped("bus", message, time.monotonic() - began_s)
+        if answer is None or not answer.success:
+            return ""
+        message: str = answer.message
+        return message
 
     def _ask(self, timeout_s: float) -> Any:
         if not self._client.service_is_ready():
@@ -222,19 +230,31 @@ def run_estop(rig: Rig, namespace: str, *, now: bool) -> int:
 
 
 def stop_now(rig: Rig, namespace: str) -> Stopped:
-    """Stop the arms by their node, and where ROS itself does not work, by their buses.
+    """Stop the arms by their buses at once, and then by their node, so that it latches the stop.
+
+    Whatever is wrong with ROS keeps no arm from its stop.
 
     Raises:
-        UnavailableError: the stop did not reach every bus.
+        UnavailableError: the stop reached neither every bus nor the node.
     """
     began_s = time.monotonic()
-    with contextlib.ExitStack() as resources:
-        try:
-            button = resources.enter_context(StopButton(rig, namespace))
-        except Exception as error:  # whatever is wrong with ROS must not keep the arms from their stop
-            logger.warning("ROS cannot be used: %s; telling the buses", error)
-            stop_on_bus(rig)
-            message = "ROS cannot be used; the stop was sent to every arm's bus"
-            return Stopped("bus", message, time.monotonic() - began_s)
-        button.wait(_CONFIRM_S)
-        return button.press()
+    failed: SimplevlaError | None = None
+    try:
+        stop_on_bus(rig)
+    except SimplevlaError as error:
+        failed = error
+        logger.error("%s", error)
+    took_s = time.monotonic() - began_s
+    confirmed = ""
+    try:
+        with StopButton(rig, namespace) as button:
+            button.wait(_DISCOVERY_S)
+            confirmed = button.tell_node(_CONFIRM_S)
+    except Exception as error:
+        logger.warning("ROS cannot be used: %s", error)
+    if failed is not None and not confirmed:
+        raise failed
+    if failed is not None:
+        return Stopped("node", f"the arms' node: {confirmed}", time.monotonic() - began_s)
+    node = f"the arms' node: {confirmed}" if confirmed else "the arms' node does not confirm it"
+    return Stopped("bus", f"the stop was sent to every arm's bus; {node}", took_s)

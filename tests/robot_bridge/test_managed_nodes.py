@@ -11,11 +11,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import can
+import msgspec
 import numpy as np
 import pytest
 import yaml
 
-from robot_bridge.rig import load_rig, with_free_ports
+from robot_bridge.rig import CanPort, load_rig, with_free_ports
 from simplevla.embodiment import load_embodiment
 from simplevla.errors import ChunkError, ConfigError, UnavailableError
 from simplevla.files import share_dir
@@ -32,10 +33,12 @@ from sensor_msgs.msg import CompressedImage, Image, JointState  # noqa: E402
 from std_msgs.msg import Bool, String  # noqa: E402
 from std_srvs.srv import Trigger  # noqa: E402
 
-from robot_bridge.estop import StopButton, run_button  # noqa: E402
+from robot_bridge.estop import StopButton, run_button, stop_now, stop_on_bus  # noqa: E402
 from robot_bridge.nodes.managed import ManagedNode  # noqa: E402
 from robot_bridge.nodes.stop_line import stop_line  # noqa: E402
 from robot_bridge.twin.bench import BenchArm  # noqa: E402
+
+pytestmark = pytest.mark.realtime
 
 ROBOT = load_embodiment("piper_dual")
 LATCHED = QoSProfile(depth=10, durability=DurabilityPolicy.TRANSIENT_LOCAL)
@@ -254,7 +257,27 @@ def test_the_stop_key_reaches_the_arms_node_and_without_one_the_bus():
         assert button.press(0.1).way == "bus"
         assert len(benches) == 2
         assert all(says_stopped(port.channel) for port in rig.arms.values())
+    with pytest.raises(UnavailableError, match="the stop did not reach every bus"):
+        stop_on_bus(msgspec.structs.replace(rig, arms={"left": CanPort("no_such_bus", "can_left")}))
     os.close(master)
+
+
+def test_a_stop_without_ros_goes_to_the_buses(monkeypatch):
+    """Whatever is wrong with ROS, and before it is asked at all."""
+    rig = with_free_ports(load_rig("twin_single"))
+    (arm,) = rig.load_embodiment().arms
+    asked: list[bool] = []
+
+    def broken(_: StopButton) -> None:
+        asked.append(says_stopped(rig.arms[arm.name].channel))
+        raise RuntimeError("no middleware")
+
+    monkeypatch.setattr(StopButton, "__enter__", broken)
+    with BenchArm(arm, rig.arms[arm.name].channel):
+        stopped = stop_now(rig, "")
+    assert asked == [True]
+    assert stopped.way == "bus"
+    assert "does not confirm" in stopped.message
 
 
 class _Named:

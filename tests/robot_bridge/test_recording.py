@@ -193,7 +193,7 @@ def test_an_interrupted_trial_is_kept_apart(tmp_path):
 
 def test_a_killed_recording_is_recovered_by_command(tmp_path, capsys):
     """It is no recording until it is recovered; then all of it is there but what was in memory still."""
-    total = 4000
+    total = 2500
     script = f"""
 import sys, time
 from pathlib import Path
@@ -249,7 +249,7 @@ def cut(tmp_path):
     return tmp_path / INTERRUPTED / "t"
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(where=st.floats(0, 1), garbage=st.binary(max_size=64))
 def test_wherever_a_recording_is_cut_it_is_recovered_to_there_or_refused(cut, where, garbage):
     whole = (cut / "t.mcap").read_bytes()
