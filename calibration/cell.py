@@ -130,9 +130,9 @@ class Cell:
         """Keep what grippers hold clear as well: {arm: (N, 3) points of it, tool frame, m}."""
         self.workspace = Workspace(self.embodiment, table_top_m=self._table_top_m, carried=carried)
 
-    def unsafe(self, stop: Vector, now: Vector) -> list[tuple[Cause, slice]]:
+    def unsafe(self, way: Vector, now: Vector) -> list[tuple[Cause, slice]]:
         """Return what must hold, by cause; see :class:`~robot_bridge.limits.Clearance`."""
-        return self.workspace.unsafe(stop, now)
+        return self.workspace.unsafe(way, now)
 
     def enable(self) -> None:
         """Power the motors at the measured pose; nothing moves.
@@ -309,6 +309,7 @@ class Cell:
             self._limiter,
             self._remember,
             max_feedback_age_s=_TWIN_AGE_S if self.rig.is_twin else _METAL_AGE_S,
+            max_setpoint_age_s=None,  # a move is one trajectory, and who sends it is this process
         )
         keep(self._loop)
         deadline = time.monotonic() + 2.0

@@ -58,6 +58,18 @@ class Margins:
 
 
 @dataclass(frozen=True)
+class Box:
+    """Where the tools may be, in the world frame, m: the lowest and the highest corner."""
+
+    low_m: tuple[float, float, float]
+    high_m: tuple[float, float, float]
+
+    def excess(self, points: NDArray[np.float64]) -> float:
+        """Return how far the worst of (..., 3) points lies outside along one axis, m; negative inside."""
+        return float(np.maximum(np.subtract(self.low_m, points), np.subtract(points, self.high_m)).max())
+
+
+@dataclass(frozen=True)
 class _Group:
     """Capsules that shall not meet: which, of all arms' in a row, and who holds if they come too close.
 
@@ -78,7 +90,7 @@ class _Group:
 
 
 class Workspace:
-    """Judges poses for :class:`~robot_bridge.limits.Limiter`: the table and the other arm."""
+    """Judges poses for :class:`~robot_bridge.limits.Limiter`: table, other arm, the arm itself, a box."""
 
     def __init__(
         self,
@@ -86,6 +98,7 @@ class Workspace:
         *,
         table_top_m: float = TABLE_TOP_M,
         margins: Margins | None = None,
+        box: Box | None = None,
         carried: Mapping[str, NDArray[np.float64]] | None = None,
     ) -> None:
         """Prepare the arms' geometry.
@@ -94,6 +107,7 @@ class Workspace:
             embodiment: the robot.
             table_top_m: height of the table in the world frame, m.
             margins: distances to keep.
+            box: where the tools may be; anywhere by default.
             carried: {arm: (N, 3) points of a thing in its gripper, in its tool frame, m}; close enough
                 together that spheres of 2 cm cover it.
 
@@ -104,26 +118,31 @@ class Workspace:
         self._arms = [(_ArmShape(arm, carried.get(arm.name)), part) for arm, part in embodiment.slices()]
         self._table_top_m = table_top_m
         self._margins = margins or Margins()
+        self._box = box
         self._groups = self._pair_up()
         self._first = np.concatenate([group.first for group in self._groups])
         self._second = np.concatenate([group.second for group in self._groups])
         self._reach_m = np.concatenate([group.reach_m for group in self._groups])
         self._starts = np.cumsum([0, *(len(group.first) for group in self._groups[:-1])])
 
-    def unsafe(self, stop: Vector, now: Vector) -> list[tuple[Cause, slice]]:
+    def unsafe(self, way: Vector, now: Vector) -> list[tuple[Cause, slice]]:
         """Return what must hold, by cause; see :class:`~robot_bridge.limits.Clearance`."""
         found: list[tuple[Cause, slice]] = []
-        frames = self._frames(stop)
-        for (shape, part), pose in zip(self._arms, frames, strict=True):
-            height = shape.lowest(pose, stop[part.stop - 1]) - self._table_top_m
+        frames = self._frames(way)
+        for (shape, part), poses in zip(self._arms, frames, strict=True):
+            height = shape.lowest(poses, way[..., part.stop - 1]) - self._table_top_m
             if height < self._margins.table_m and height < self._height(shape, now[part]) - _ROUNDING_M:
                 found.append((Cause.TABLE, part))
+            if self._box is not None and (excess := self._box.excess(poses[..., -1, :3, 3])) > 0:
+                before = self._box.excess(shape.frames(now[part])[-1, :3, 3])
+                if excess > before + _ROUNDING_M:
+                    found.append((Cause.WORKSPACE, part))
         gaps = self._gaps(frames)
         close = [i for i, group in enumerate(self._groups) if gaps[i] < group.margin_m]
         if close:
-            before = self._gaps(self._frames(now))
+            gaps_now = self._gaps(self._frames(now))
             for i in close:
-                if gaps[i] < before[i] - _ROUNDING_M:
+                if gaps[i] < gaps_now[i] - _ROUNDING_M:
                     found += [(self._groups[i].cause, part) for part in self._groups[i].parts]
         return found
 
@@ -148,15 +167,16 @@ class Workspace:
         return shape.lowest(shape.frames(positions), positions[-1]) - self._table_top_m
 
     def _frames(self, positions: Vector) -> list[NDArray[np.float64]]:
-        return [shape.frames(positions[part]) for shape, part in self._arms]
+        return [shape.frames(positions[..., part]) for shape, part in self._arms]
 
     def _gaps(self, frames: list[NDArray[np.float64]]) -> NDArray[np.float64]:
-        """Return (G,) the smallest distance within each group."""
-        ends = [shape.capsules(pose) for (shape, _), pose in zip(self._arms, frames, strict=True)]
-        starts, stops = (np.concatenate(each) for each in zip(*ends, strict=True))
-        first, second = self._first, self._second
-        distances = segment_distances(starts[first], stops[first], starts[second], stops[second])
-        gaps: NDArray[np.float64] = np.minimum.reduceat(distances - self._reach_m, self._starts)
+        """Return (G,) the smallest distance within each group, over all poses."""
+        ends = [shape.capsules(poses) for (shape, _), poses in zip(self._arms, frames, strict=True)]
+        starts, stops = (np.concatenate(each, axis=-2) for each in zip(*ends, strict=True))
+        pairs = (starts, self._first), (stops, self._first), (starts, self._second), (stops, self._second)
+        distances = segment_distances(*(ends[..., which, :].reshape(-1, 3) for ends, which in pairs))
+        nearest = distances.reshape(-1, len(self._first)).min(axis=0)
+        gaps: NDArray[np.float64] = np.minimum.reduceat(nearest - self._reach_m, self._starts)
         return gaps
 
     def _smallest(self, cause: Cause, positions: Vector) -> float:
@@ -202,34 +222,38 @@ class _ArmShape:
         self.radii = np.concatenate([_RADII_M, np.full(len(points), _CARRIED_RADIUS_M)])
 
     def frames(self, positions: Vector) -> NDArray[np.float64]:
-        """Return (n + 2, 4, 4) base, joint and tool frames in the world at ``positions`` (n + 1,)."""
-        joints = positions[:-1]
+        """Return (..., n + 2, 4, 4) base, joint and tool frames in the world; positions (..., n + 1)."""
+        joints = positions[..., :-1]
         weights = np.stack([np.ones_like(joints), np.sin(joints), np.cos(joints)])
-        steps = (weights[:, :, None, None] * self._parts).sum(axis=0)
-        frames = np.empty((len(joints) + 2, 4, 4))
-        frames[0] = pose = self._base
+        steps = np.einsum("k...n,knij->n...ij", weights, self._parts)
+        frames = np.empty((*joints.shape[:-1], joints.shape[-1] + 2, 4, 4))
+        frames[..., 0, :, :] = pose = self._base
         for i, step in enumerate(steps):
-            frames[i + 1] = pose = pose @ step
-        frames[-1] = pose @ self._tail
+            frames[..., i + 1, :, :] = pose = pose @ step
+        frames[..., -1, :, :] = pose @ self._tail
         return frames
 
-    def lowest(self, frames: NDArray[np.float64], opening_m: float) -> float:
-        """Return the height in the world of the arm's lowest point that moves, with what is carried, m."""
-        x, y, z, height = frames[-1, 2].tolist()
-        y, z = abs(y), abs(z)  # corners lie on both sides of the tool's x axis
+    def lowest(self, frames: NDArray[np.float64], opening_m: NDArray[np.float64]) -> float:
+        """Return the height of the lowest point that moves, with what is carried, over all poses, m."""
+        x, y, z, height = np.moveaxis(frames[..., -1, 2, :], -1, 0)
+        y, z = np.abs(y), np.abs(z)  # corners lie on both sides of the tool's x axis
         tip = x * _FINGER_TIP_M - y * (opening_m / 2 + _FINGER_THICKNESS_M) - z * _FINGER_HALF_WIDTH_M
         rail = x * _RAIL_AHEAD_M - y * _RAIL_HALF_LENGTH_M - z * _RAIL_HALF_WIDTH_M
-        lowest: float = height + min(tip, rail)
+        lowest = float(np.min(height + np.minimum(tip, rail)))
         for frame, radius in _LOW_M.items():
-            lowest = min(lowest, float(frames[frame, 2, 3]) - radius)
+            lowest = min(lowest, float(frames[..., frame, 2, 3].min()) - radius)
         if len(self._carried):
-            lowest = min(lowest, float((self._carried @ frames[-1, 2]).min()))
+            lowest = min(lowest, float((frames[..., -1, 2, :] @ self._carried.T).min()))
         return lowest
 
     def capsules(self, frames: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return (M, 3) where the capsules of links and of what is carried start and where they end, m."""
-        origins, points = frames[:, :3, 3], (self._carried @ frames[-1].T)[:, :3]
-        return np.concatenate([origins[_START], points]), np.concatenate([origins[_END], points])
+        """Return (..., M, 3) where the capsules of links and of what is carried start and end, m."""
+        origins = frames[..., :3, 3]
+        points = (self._carried @ np.swapaxes(frames[..., -1, :, :], -1, -2))[..., :3]
+        return (
+            np.concatenate([origins[..., _START, :], points], axis=-2),
+            np.concatenate([origins[..., _END, :], points], axis=-2),
+        )
 
     def links(self, frames: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return (S, 3) the centres of the links' spheres alone, m."""

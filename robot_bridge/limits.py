@@ -2,9 +2,10 @@
 
 Pure functions of (last setpoint and velocity, wanted, measured, elapsed time), so that each rule can
 be tested for any sequence of inputs. Where a violation has a safe nearest setpoint it is clamped
-(position, velocity, acceleration); where it has none the arm holds, which means that it brakes as
-hard as allowed and then stays. On doubt the arm holds. Every change is named in the setpoint's events
-and counted.
+(position, velocity, acceleration, jerk, the gripper's torque); where it has none (table, other arm, the
+arm itself, the edge of the workspace, a blocked joint, what cannot be read) the arm holds, which means
+that it brakes as hard as allowed and then stays. On doubt the arm holds. Every change is named in the
+setpoint's events and counted.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from simplevla.motion import MotionLimits, approach
 Vector = NDArray[np.float64]
 
 _DOOR = object()
+_GRIP_SLACK = 1.25
+_WAY = np.array([0.25, 0.5, 0.75, 1.0])  # shares of the time to rest at which the way is judged
 _SAME = 1e-12  # rad or m: rounding, snapped away so that an allowed setpoint is passed on bit by bit
 
 
@@ -44,6 +47,12 @@ class Cause(str, Enum):
     POSITION = "position"
     VELOCITY = "velocity"
     ACCELERATION = "acceleration"
+    JERK = "jerk"
+    GRIP = "grip"
+    WORKSPACE = "workspace"
+    STALE = "stale"  # no fresh trajectory within its bound; these three are the control loop's
+    FAULT = "fault"
+    STOP = "stop"
     TABLE = "table"
     ARMS = "arms"
     SELF = "self"
@@ -64,10 +73,12 @@ class SafeSetpoint:
     Attributes:
         positions: (D,) float64, read-only, in the embodiment's order; rad and m.
         events: what was changed, and why; empty where the wanted setpoint passed as it was.
+        gripper_effort_nm: torque that no gripper's motor may exceed on the way there, N·m.
     """
 
     positions: Vector
     events: tuple[LimitEvent, ...] = ()
+    gripper_effort_nm: float = 1.0
     door: InitVar[object] = None
 
     def __post_init__(self, door: object) -> None:
@@ -79,11 +90,11 @@ class SafeSetpoint:
 class Clearance(Protocol):
     """Judges poses by what the arms could hit."""
 
-    def unsafe(self, stop: Vector, now: Vector) -> list[tuple[Cause, slice]]:
-        """Return the part of the vector that must hold, by cause, if the arms would stop at ``stop``.
+    def unsafe(self, way: Vector, now: Vector) -> list[tuple[Cause, slice]]:
+        """Return the part of the vector that must hold, by cause, if the arms would go this way to rest.
 
         Args:
-            stop: (D,) where the arms would come to rest.
+            way: (K, D) poses on the way on which the arms would brake, the last one where they rest.
             now: (D,) the last setpoint; a pose that is too close already may be left, not deepened.
         """
         ...
@@ -91,19 +102,22 @@ class Clearance(Protocol):
 
 @dataclass(frozen=True)
 class Tolerances:
-    """Bounds that are about trust in the feedback, not about the embodiment.
+    """Bounds that are about trust in the feedback and about force, not about the embodiment.
 
     Attributes:
         tracking_rad: a setpoint may lead the measured joint by this much; an arm that is blocked
             further is not pushed on. Grippers are free: they are blocked whenever they hold a thing.
         start_rad, start_m: how far outside its limits a joint may stand when the arms start.
         longest_s: elapsed time that one setpoint may cover; a longer stall is caught up, not jumped.
+        gripper_effort_nm: torque that a gripper's motor may exert; a gripper that is measured to exert a
+            quarter more is not closed further.
     """
 
     tracking_rad: float = 0.5
     start_rad: float = 0.1
     start_m: float = 0.005
     longest_s: float = 0.02
+    gripper_effort_nm: float = 1.0
 
 
 class Limiter:
@@ -111,7 +125,8 @@ class Limiter:
 
     Guarantees, for any sequence of inputs: every setpoint is finite and within the position limits;
     from one to the next neither the velocity nor the acceleration limit is exceeded, so that the arms
-    can always brake before a position limit. A trajectory that respects the limits passes unchanged.
+    can always brake before a position limit. Jerk is limited too, except while an arm brakes for its
+    safety: to hold, and before a position limit. A trajectory that respects the limits passes unchanged.
     """
 
     def __init__(
@@ -133,6 +148,7 @@ class Limiter:
         self._start_slack = np.where(self._is_gripper, self._tolerances.start_m, self._tolerances.start_rad)
         self._position: Vector | None = None
         self._velocity: Vector = np.zeros(len(self._names))
+        self._acceleration: Vector = np.zeros(len(self._names))
         self._last_wanted: Vector = np.zeros(len(self._names))
 
     @property
@@ -144,6 +160,11 @@ class Limiter:
     def resting(self) -> bool:
         """Whether the last setpoint was the same as the one before."""
         return not self._velocity.any()
+
+    def leads(self, measured: Vector) -> float:
+        """Return how far the last setpoint is from the measured joints (D,), at the most, rad."""
+        assert self._position is not None
+        return float(np.abs(self._position - measured)[~self._is_gripper].max())
 
     def rest(self) -> Vector:
         """Return (D,) where the setpoint comes to rest if it brakes now; zeros before a start."""
@@ -173,10 +194,13 @@ class Limiter:
             )
         self._position = start
         self._velocity = np.zeros_like(start)
+        self._acceleration = np.zeros_like(start)
         self._last_wanted = start
-        return SafeSetpoint(start.copy(), (), _DOOR)
+        return SafeSetpoint(start.copy(), (), self._tolerances.gripper_effort_nm, _DOOR)
 
-    def admit(self, wanted: ArrayLike, measured: ArrayLike, dt_s: float) -> SafeSetpoint:
+    def admit(
+        self, wanted: ArrayLike, measured: ArrayLike, dt_s: float, effort: ArrayLike | None = None
+    ) -> SafeSetpoint:
         """Return the safe setpoint nearest to ``wanted`` that can follow the last one after ``dt_s``.
 
         The first call starts from the measured pose, whatever is wanted (see :meth:`reset`).
@@ -185,6 +209,7 @@ class Limiter:
             wanted: (D,) where the policy wants the joints now; rad and m. May be anything.
             measured: (D,) measured positions; rad and m.
             dt_s: time since the last setpoint, s.
+            effort: (D,) measured efforts; N·m. Without them grippers are not judged by their torque.
 
         Raises:
             LimitsError: on the first call, if the arms stand outside their limits.
@@ -192,7 +217,7 @@ class Limiter:
         if self._position is None:
             return self.reset(measured)
         if not (np.isfinite(dt_s) and dt_s > 0):
-            return self._issue(self._position, self._velocity, [LimitEvent(Cause.TIMING)])
+            return self._setpoint(self._position, [LimitEvent(Cause.TIMING)])
         dt = min(float(dt_s), self._tolerances.longest_s)
         brake = self._brake(dt)
         target, doubt = self._readable(wanted)
@@ -202,12 +227,16 @@ class Limiter:
         if doubt:
             return self._hold(brake, dt, doubt)
         velocity, events = self._towards(target, dt)
+        free = velocity.copy()
         self._hold_blocked(velocity, brake, feedback, events)
+        self._hold_gripping(velocity, brake, effort, events)
         self._hold_unsafe(velocity, brake, dt, events)
+        held = velocity != free
         position = self._advance(velocity, dt)
         inside = np.clip(target, self._limits.lower, self._limits.upper)
         position = np.where(np.abs(position - inside) < _SAME, inside, position)
-        setpoint = self._issue(position, (position - self._position) / dt, events)
+        setpoint = self._issue(position, dt, events)
+        self._acceleration[held] = 0.0  # or a joint that braked at once would have to swing back
         self._last_wanted = target
         return setpoint
 
@@ -225,13 +254,16 @@ class Limiter:
     def _towards(self, wanted: Vector, dt: float) -> tuple[Vector, list[LimitEvent]]:
         """Return the velocity (D,) with which to approach ``wanted``, and what limited it."""
         assert self._position is not None
-        step = approach(self._limits, self._position, self._velocity, self._last_wanted, wanted, dt)
+        step = approach(
+            self._limits, self._position, self._velocity, self._last_wanted, wanted, dt, self._acceleration
+        )
         events = [
             LimitEvent(cause, self._names[i])
             for cause, mask in (
                 (Cause.POSITION, step.too_far),
                 (Cause.VELOCITY, step.too_fast),
                 (Cause.ACCELERATION, step.too_hard),
+                (Cause.JERK, step.too_rough),
             )
             for i in np.flatnonzero(mask)
         ]
@@ -248,19 +280,39 @@ class Limiter:
             velocity[blocked] = brake[blocked]
             events += [LimitEvent(Cause.TRACKING, self._names[i]) for i in np.flatnonzero(blocked)]
 
+    def _hold_gripping(
+        self, velocity: Vector, brake: Vector, effort: ArrayLike | None, events: list[LimitEvent]
+    ) -> None:
+        """Do not close a gripper further that is measured to exert more than it may."""
+        if effort is None:
+            return
+        felt = np.abs(np.asarray(effort, dtype=np.float64))
+        strong = self._is_gripper & (felt > _GRIP_SLACK * self._tolerances.gripper_effort_nm)
+        strong &= velocity < 0
+        if strong.any():
+            velocity[strong] = np.maximum(brake[strong], velocity[strong])
+            events += [LimitEvent(Cause.GRIP, self._names[i]) for i in np.flatnonzero(strong)]
+
     def _hold_unsafe(self, velocity: Vector, brake: Vector, dt: float, events: list[LimitEvent]) -> None:
         """Brake what would otherwise come to rest too close to the table, to the other arm or to itself."""
         if self._clearance is None:
             return
         assert self._position is not None
-        for cause, part in self._clearance.unsafe(self._rest(velocity, dt), self._position):
+        for cause, part in self._clearance.unsafe(self._way(velocity, dt), self._position):
             velocity[part] = brake[part]
             events.append(LimitEvent(cause, self._arm_names.get(part.start, "")))
 
-    def _rest(self, velocity: Vector, dt: float) -> Vector:
-        """Return where the joints come to rest if they move on with ``velocity`` and then brake."""
-        distance = velocity * np.abs(velocity) / (2 * self._limits.acceleration)
-        return np.clip(self._advance(velocity, dt) + distance, self._limits.lower, self._limits.upper)
+    def _way(self, velocity: Vector, dt: float) -> Vector:
+        """Return (K, D) where the joints are if they move on with ``velocity`` and then brake to rest.
+
+        Joints that rest sooner wait for the others: what lies between may be nearer to something than
+        either end.
+        """
+        lasts = np.abs(velocity) / self._limits.acceleration
+        times = np.minimum(_WAY[:, None] * lasts.max(), lasts)
+        braking = np.sign(velocity) * self._limits.acceleration
+        way = self._advance(velocity, dt) + velocity * times - braking * times**2 / 2
+        return np.clip(way, self._limits.lower, self._limits.upper)
 
     def _advance(self, velocity: Vector, dt: float) -> Vector:
         assert self._position is not None
@@ -274,9 +326,17 @@ class Limiter:
         assert self._position is not None
         position = self._advance(brake, dt)
         self._last_wanted = position
-        return self._issue(position, (position - self._position) / dt, events)
+        setpoint = self._issue(position, dt, events)
+        self._acceleration[:] = 0.0
+        return setpoint
 
-    def _issue(self, position: Vector, velocity: Vector, events: list[LimitEvent]) -> SafeSetpoint:
+    def _issue(self, position: Vector, dt: float, events: list[LimitEvent]) -> SafeSetpoint:
+        assert self._position is not None
+        velocity = (position - self._position) / dt
+        self._acceleration = (velocity - self._velocity) / dt
         self._position, self._velocity = position, velocity
+        return self._setpoint(position, events)
+
+    def _setpoint(self, position: Vector, events: list[LimitEvent]) -> SafeSetpoint:
         self.counts.update({event.cause for event in events})
-        return SafeSetpoint(position.copy(), tuple(events), _DOOR)
+        return SafeSetpoint(position.copy(), tuple(events), self._tolerances.gripper_effort_nm, _DOOR)

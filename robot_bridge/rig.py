@@ -11,7 +11,7 @@ import re
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import yaml
@@ -19,7 +19,7 @@ from msgspec import Meta
 
 from simplevla.cli import require_choice
 from simplevla.config import Config, load_yaml
-from simplevla.embodiment import Embodiment, load_embodiment
+from simplevla.embodiment import Embodiment, Vec3, load_embodiment
 from simplevla.errors import ConfigError
 from simplevla.files import share_dir, write_atomic
 
@@ -37,11 +37,14 @@ class CanPort(Config):
             for a serial one, ``simplevla_twin`` for the twin.
         channel: ``can0`` and the like; for the twin ``127.0.0.1:<UDP port>``.
         bitrate: bit/s; a Piper speaks 1 Mbit/s. With socketcan the system sets the rate.
+        dh: how the arm counts joints 2 and 3: ``new``, or ``old`` for an arm whose zero pose the vendor's
+            manual gives as (55, 0, 205) mm instead of (56.128, 0, 213.266) mm.
     """
 
     interface: Annotated[str, Meta(min_length=1)]
     channel: Annotated[str, Meta(min_length=1)]
     bitrate: Annotated[int, Meta(gt=0)] = 1_000_000
+    dh: Literal["new", "old"] = "new"
 
 
 class TwinSettings(Config):
@@ -71,6 +74,8 @@ class Rig(Config):
         arms: {arm of the embodiment: its bus}.
         cameras: {camera of the embodiment: serial number}.
         twin: set when the twin takes the place of the metal.
+        workspace_m: lowest and highest corner of the box in which the tools may be, in the world frame;
+            left out, they may be anywhere that their joints, the table and each other allow.
     """
 
     name: Annotated[str, Meta(min_length=1)]
@@ -78,8 +83,15 @@ class Rig(Config):
     arms: dict[str, CanPort]
     cameras: dict[str, str]
     twin: TwinSettings | None = None
+    workspace_m: tuple[Vec3, Vec3] | None = None
 
     def __post_init__(self) -> None:
+        if self.workspace_m is not None:
+            low, high = self.workspace_m
+            if not all(a < b for a, b in zip(low, high, strict=True)):
+                raise ValueError(
+                    f"workspace_m is {self.workspace_m}: its second corner is not the higher one"
+                )
         for kind, values in (
             ("bus", [(port.interface, port.channel) for port in self.arms.values()]),
             ("serial number", [s for s in self.cameras.values() if not s.startswith(PLACEHOLDER)]),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robot_bridge.chunk_execution import smooth_move
-from robot_bridge.clearance import Margins, Workspace
+from robot_bridge.clearance import Box, Margins, Workspace
 from robot_bridge.limits import Cause, Limiter
 from simplevla.embodiment import load_embodiment
 from simplevla.kinematics.chain import arm_chain
@@ -96,6 +96,26 @@ def test_holds_at_the_margin_and_backs_out(goal, cause, clearance, margin):
         setpoint = limiter.admit(ROBOT.home(), limiter.position, DT)
     assert np.array_equal(setpoint.positions, ROBOT.home())
     assert setpoint.events == ()
+
+
+def test_a_tool_stays_in_its_box_and_comes_back_in():
+    arm, part = ROBOT.slices()[0]
+    tool = (
+        arm.base.xyz_m
+        + np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1]])
+        @ (arm_chain(arm).forward(ROBOT.home()[part][:-1])[:3, 3])
+    )
+    box = Box((-2, -2, 0), (float(tool[0]) + 0.05, 2, 2))
+    limiter = Limiter(ROBOT, Workspace(ROBOT, box=box))
+    limiter.reset(ROBOT.home())
+    beyond = ROBOT.home()
+    beyond[0] -= 1.2
+    for goal, inside in ((beyond, False), (ROBOT.home(), True)):
+        for _ in range(400):
+            setpoint = limiter.admit(goal, limiter.position, DT)
+        causes = {event.cause for event in setpoint.events if event.joint == "left"}
+        assert causes == (set() if inside else {Cause.WORKSPACE})
+    np.testing.assert_array_equal(setpoint.positions[part], ROBOT.home()[part])
 
 
 def test_only_the_arm_that_is_low_is_held():
