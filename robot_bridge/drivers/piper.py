@@ -3,15 +3,28 @@
 What the SDK leaves to its caller is settled here:
 
 * One reader. The SDK's parser runs in this driver's own thread, and a state is published only when
-  the three joint frames of one cycle came in order, so no reader sees half of two poses.
+  it is whole (:mod:`robot_bridge.drivers.piper_feedback`).
 * One sender. The SDK encodes into one shared buffer, so every send is made under one lock.
 * Age, not ``isOk()``. On silence the SDK keeps its last values for ever; a state carries its age.
+* A bus that fails, because its adapter was unplugged or its link went down, is opened again.
 * Integers. The bus counts 0.001 deg and 0.001 mm; rounding happens here and nowhere else.
 
-What the vendor's words do to the arm: *enable* powers the motors at the present pose. *Stop* is the
-arm's damped descent; afterwards it ignores commands until a reset. *Disable* and *reset* cut the
-motors' power: **the arm drops**. Nothing here does either by itself, and :meth:`PiperDriver.close`
-leaves the arm holding its last setpoint.
+What the vendor's words do to the arm:
+
+=========  ==================================================================================
+enable     powers the motors; the driver commands the present pose first, so nothing moves
+stop       the arm's damped descent, motors on; afterwards it ignores commands until a reset
+disable    cuts the motors' power: **the arm drops**
+reset      clears a stop or a fault, and cuts the motors' power: **the arm drops**
+=========  ==================================================================================
+
+Nothing here disables or resets by itself, and :meth:`PiperDriver.close` leaves the arm holding its
+last setpoint. An arm that is guided by hand or leads another ignores commands; nothing is sent to it
+then, and it must be enabled again afterwards, so that it does not jump back to an older setpoint.
+
+Joints are counted in one of two ways (Denavit-Hartenberg conventions of the vendor): older arms count
+joints 2 and 3 from a zero that lies 2 deg elsewhere. The rig says which (``dh`` of its CAN port);
+states and setpoints are always in the newer one, which ``urdf/piper.urdf`` describes.
 """
 
 from __future__ import annotations
@@ -21,13 +34,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from robot_bridge.drivers.piper_faults import JOINTS, TEACH_FAULT
+from robot_bridge.drivers.piper_feedback import ArmState, Feedback, from_counts, to_counts, version
 from robot_bridge.limits import SafeSetpoint
 from robot_bridge.rig import TWIN_BUS, CanPort
 from simplevla.embodiment import Arm
@@ -38,89 +52,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-JOINTS = 6
 MAX_GRIPPER_EFFORT_NM = 5.0  # the range of frame 0x159
+OLDEST_FIRMWARE = (1, 5, 2)  # the SDK speaks protocol V2 with this and newer ones (its own README)
+SILENT_S = 0.5
 
-_STATUS, _JOINTS_12, _JOINTS_34, _JOINTS_56, _GRIPPER = 0x2A1, 0x2A5, 0x2A6, 0x2A7, 0x2A8
-_LOW_SPEED, _FIRMWARE = range(0x261, 0x267), 0x4AF
-_FIRMWARE_PATIENCE_S = 0.2
-_CYCLE_S = 0.004  # the joint frames come every 5 ms; three frames of one cycle lie closer than this
+_PATIENCE_S = 0.2  # for the answer to a question
 _ALL_MOTORS = 7
 _MODE_AGAIN_S = 0.1
-_MAX_LAG_S = 1.0  # a larger difference between a frame's stamp and the clock is a clock that jumped
-
-_CAN_CONTROL, _TEACHING, _LEADER = 0x01, 0x02, 0x06
-_MOVE_J = 0x01
-_ARM_STATUS = {
-    0x00: "normal",
-    0x01: "emergency stop",
-    0x02: "no solution",
-    0x03: "singularity",
-    0x04: "target beyond a limit",
-    0x05: "joint communication lost",
-    0x06: "joint brake not released",
-    0x07: "collision",
-    0x08: "overspeed while taught by hand",
-    0x09: "joint in an abnormal state",
-    0x0A: "other fault",
-    0x0B: "recording by hand",
-    0x0C: "replaying a recording",
-    0x0D: "replay paused",
-    0x0E: "controller too hot",
-    0x0F: "release resistor too hot",
-}
-_TEACH_FAULT = {
-    _TEACHING: "taught by hand: commands are ignored; leave it with the button on the arm",
-    _LEADER: "leader of a pair: commands are ignored; set it as a follower and power it up again",
-}
-_MOTOR_FAULT = (
-    "supply voltage low",
-    "motor too hot",
-    "driver over-current",
-    "driver too hot",
-    "collision protection",
-    "driver fault",
-    None,
-    "stalled",
-)
-_GRIPPER_FAULT = (
-    "supply voltage low",
-    "motor too hot",
-    "driver over-current",
-    "driver too hot",
-    "sensor fault",
-    "driver fault",
-    None,
-    None,
-)
-_ENABLED_BIT = 1 << 6
-
-
-@dataclass(frozen=True)
-class ArmState:
-    """What the arm says of itself, all from one feedback cycle.
-
-    Attributes:
-        position: (7,) six joints in rad and the gripper's total opening in m.
-        velocity: (7,) rad/s and m/s.
-        effort: (7,) N·m at joints and gripper motor.
-        stamp_ns: when the joint frames arrived, ns of the system clock.
-        age_s: how long ago that was when this state was asked for.
-        enabled: whether all six joint motors and the gripper are powered.
-        stopped: whether the arm is in its emergency stop.
-        status: the arm's own word for its state, ``normal`` when it is well.
-        faults: what is wrong, in plain words; empty when nothing is.
-    """
-
-    position: NDArray[np.float64]
-    velocity: NDArray[np.float64]
-    effort: NDArray[np.float64]
-    stamp_ns: int
-    age_s: float
-    enabled: bool
-    stopped: bool
-    status: str
-    faults: tuple[str, ...]
+_BROKEN_S, _REOPEN_S = 0.3, 0.5
+_CAN_CONTROL, _MOVE_J = 0x01, 0x01
+_GRIPPER_PARAMETERS = 4
+_STROKE_SLACK_M = 1e-3
+# theta = q - 174.22 deg and q - 100.78 deg on older arms, q - 172.22 and q - 102.78 on newer ones
+# (piper_sdk's C_PiperForwardKinematics): what an older arm reports where a newer one reports zero.
+_OLD_DH_ZEROS = np.radians([0.0, 2.0, -2.0, 0.0, 0.0, 0.0])
 
 
 class PiperDriver:
@@ -141,7 +86,7 @@ class PiperDriver:
     Raises:
         UnavailableError: on entering, the bus cannot be opened, is in use by another driver of this
             process, or nothing is heard of the arm.
-        EmbodimentError: the arm has not six joints.
+        EmbodimentError: the arm has not six joints, or says that its gripper opens less far.
         MissingExtraError: piper_sdk is not installed.
     """
 
@@ -169,12 +114,15 @@ class PiperDriver:
         self._connect_timeout_s = connect_timeout_s
         self._zeros = np.zeros(JOINTS + 1)
         self._zeros[:JOINTS] = 0.0 if zeros_rad is None else np.asarray(zeros_rad, dtype=np.float64)
+        if can.dh == "old":
+            self._zeros[:JOINTS] += _OLD_DH_ZEROS
         self._send_lock = threading.Lock()
         self._news = threading.Condition()
         self._closing = threading.Event()
         self._reader: threading.Thread | None = None
         self._sdk: Any = None
         self._claimed = False
+        self._feedback: Feedback | None = None
         self._latest: tuple[ArmState, float] | None = None  # with its time on the monotonic clock
         self._sent: tuple[int, ...] | None = None
         self._forget()
@@ -268,14 +216,15 @@ class PiperDriver:
         """
         if not isinstance(setpoint, SafeSetpoint):
             raise TypeError(f"only a SafeSetpoint may reach the bus, not {type(setpoint).__name__}")
-        counts = _to_counts(setpoint.positions[part] + self._zeros)
-        return _from_counts(counts) - self._zeros if self._command(counts) else None
+        counts = to_counts(setpoint.positions[part] + self._zeros)
+        effort = min(self._gripper_effort, round(setpoint.gripper_effort_nm * 1000))
+        return from_counts(counts) - self._zeros if self._command(counts, effort) else None
 
     def hold(self) -> NDArray[np.float64] | None:
         """Send the last setpoint again; see :meth:`send`. None also if none was sent yet."""
         counts = self._sent
         done = self._command(counts)
-        return None if counts is None or not done else _from_counts(counts) - self._zeros
+        return None if counts is None or not done else from_counts(counts) - self._zeros
 
     def stop(self) -> None:
         """Stop now: the arm's own damped descent, motors on. From here on nothing else is sent.
@@ -292,7 +241,7 @@ class PiperDriver:
 
     def disable(self) -> None:
         """Cut the motors' power: **the arm drops**. Only for a person, with the arm supported."""
-        opening = _to_counts(self.state().position)[JOINTS]
+        opening = to_counts(self.state().position)[JOINTS]
         with self._send_lock:
             self._armed = False
             self._sent = None
@@ -311,8 +260,12 @@ class PiperDriver:
     @property
     def firmware(self) -> str:
         """The arm's firmware, such as ``S-V1.8-2``; empty if it did not say."""
-        start = self._firmware.find(b"S-V")
-        return "" if start < 0 else self._firmware[start : start + 8].decode("ascii", "replace")
+        return self._feedback.firmware if self._feedback else ""
+
+    @property
+    def doubted(self) -> int:
+        """How many feedback cycles were left out because the arm cannot have been there."""
+        return self._feedback.doubted if self._feedback else 0
 
     @property
     def _where(self) -> str:
@@ -328,16 +281,8 @@ class PiperDriver:
     def _forget(self) -> None:
         self._latest = None
         self._sent = None
-        self._stop_sent = self._armed = False
-        self._joint_frames = 0
-        self._cycle_start_s = 0.0
-        self._motors_seen: set[int] = set()
-        self._motors_heard_s = 0.0
-        self._status_seen = self._gripper_seen = False
-        self._codes: tuple[int, ...] = ()
-        self._faults: tuple[str, ...] = ()
+        self._stop_sent = self._armed = self._broken = False
         self._mode_sent_s = 0.0
-        self._firmware = b""
 
     def _connect(self) -> None:
         try:
@@ -350,17 +295,10 @@ class PiperDriver:
         self._sdk = C_PiperInterface_V2(
             self.can.channel, judge_flag=False, can_auto_init=False, logger_level=LogLevel.SILENT
         )
-        self._hold_sdk_objects()
-        can = self.can
-        try:
-            self._sdk.CreateCanBus(can.channel, can.interface, can.bitrate, judge_flag=False)
-        except Exception as error:
-            raise self._no_bus(str(error)) from error
-        bus = self._sdk.GetCanBus().recv_bus
-        if bus is None:
-            raise self._no_bus("python-can could not open it")
+        self._feedback = feedback = Feedback(self._sdk, self.arm.name)
+        feedback.zeros = self._zeros
         self._reader = threading.Thread(
-            target=self._read, args=(bus,), name=f"piper-{self.arm.name}", daemon=True
+            target=self._read, args=(self._open_bus(),), name=f"piper-{self.arm.name}", daemon=True
         )
         self._reader.start()
         # The SDK's own threads are not started: they outlive DisconnectPort.
@@ -370,38 +308,80 @@ class PiperDriver:
                 f"arm {self.arm.name}: nothing heard on {self._where} within {self._connect_timeout_s:g} s",
                 self._remedy,
             )
-        if not self._wait(lambda: bool(self.firmware), _FIRMWARE_PATIENCE_S):
-            with self._send_lock:  # the answer may have come before the reader listened
-                self._sdk.SearchPiperFirmwareVersion()
+        self._check_firmware(feedback)
+        self._check_gripper(feedback)
         if self.state().enabled:
             self._armed = True
             self._command_measured()
         logger.info("arm %s: connected on %s", self.arm.name, self._where)
+
+    def _open_bus(self) -> can.BusABC:
+        """Return a newly opened bus.
+
+        Raises:
+            UnavailableError: it cannot be opened.
+        """
+        port = self.can
+        try:
+            self._sdk.CreateCanBus(port.channel, port.interface, port.bitrate, judge_flag=False)
+        except Exception as error:  # whatever a back end of python-can raises
+            raise self._no_bus(str(error)) from error
+        bus: can.BusABC | None = self._sdk.GetCanBus().recv_bus
+        if bus is None:
+            raise self._no_bus("python-can could not open it")
+        return bus
+
+    def _check_firmware(self, feedback: Feedback) -> None:
+        """Ask which firmware the arm has; an older one than the SDK speaks with is refused."""
+        if not self._wait(lambda: bool(feedback.firmware), _PATIENCE_S):
+            with self._send_lock:  # the answer may have come before the reader listened
+                self._sdk.SearchPiperFirmwareVersion()
+            self._wait(lambda: bool(feedback.firmware), _PATIENCE_S)
+        found = version(feedback.firmware)
+        if found is None:
+            logger.warning("arm %s does not name its firmware (%r)", self.arm.name, feedback.firmware)
+        elif found < OLDEST_FIRMWARE:
+            raise UnavailableError(
+                f"arm {self.arm.name} has firmware {feedback.firmware}, which speaks another protocol",
+                "bring it to S-V1.5-2 or a newer one with the vendor's tool",
+            )
+
+    def _check_gripper(self, feedback: Feedback) -> None:
+        """Compare the stroke that the arm has been told its gripper has with the embodiment's."""
+        with self._send_lock:
+            self._sdk.ArmParamEnquiryAndConfig(param_enquiry=_GRIPPER_PARAMETERS)
+        self._wait(lambda: feedback.gripper_range_m is not None, _PATIENCE_S)
+        said, stroke = feedback.gripper_range_m, self.arm.gripper.stroke_m
+        if said is None:
+            logger.warning("arm %s does not say how far its gripper opens", self.arm.name)
+        elif said < stroke - _STROKE_SLACK_M:
+            raise EmbodimentError(
+                f"arm {self.arm.name}: its gripper is set to open {said * 1e3:.0f} mm, and the embodiment "
+                f"says {stroke * 1e3:.0f} mm",
+                "set the gripper's range with the vendor's tool, or correct gripper.stroke_m",
+            )
+        elif said > stroke + _STROKE_SLACK_M:
+            logger.warning(
+                "arm %s: its gripper is set to open %.0f mm; the embodiment uses %.0f mm of them",
+                self.arm.name,
+                said * 1e3,
+                stroke * 1e3,
+            )
 
     def _no_bus(self, why: str) -> UnavailableError:
         return UnavailableError(
             f"arm {self.arm.name}: the bus {self._where} cannot be opened ({why})", self._remedy
         )
 
-    def _hold_sdk_objects(self) -> None:
-        """Keep the SDK's feedback objects: its getters always return these same mutable ones."""
-        self._joint_state = self._sdk.GetArmJointMsgs().joint_state
-        self._gripper_state = self._sdk.GetArmGripperMsgs().gripper_state
-        self._arm_status = self._sdk.GetArmStatus().arm_status
-        high, low = self._sdk.GetArmHighSpdInfoMsgs(), self._sdk.GetArmLowSpdInfoMsgs()
-        self._high = [getattr(high, f"motor_{i + 1}") for i in range(JOINTS)]
-        self._low = [getattr(low, f"motor_{i + 1}") for i in range(JOINTS)]
-
     def _require_commandable(self) -> None:
         state = self.state()
-        if state.age_s > 0.5:
+        if state.age_s > SILENT_S:
             raise UnavailableError(
                 f"arm {self.arm.name}: silent for {state.age_s:.1f} s on {self._where}",
                 "check the arm's power and the CAN cable",
             )
-        mode = int(self._arm_status.ctrl_mode)
-        if mode in _TEACH_FAULT:
-            raise UnavailableError(f"arm {self.arm.name} is {_TEACH_FAULT[mode]}", "then enable it again")
+        if taught := self._taught():
+            raise UnavailableError(f"arm {self.arm.name} is {taught}", "then enable it again")
         if state.stopped or self._stop_sent:
             raise UnavailableError(
                 f"arm {self.arm.name} is in its emergency stop",
@@ -410,187 +390,96 @@ class PiperDriver:
 
     def _command_measured(self) -> None:
         self._mode_sent_s = float("-inf")
-        self._command(_to_counts(self.state().position + self._zeros))
+        self._command(to_counts(self.state().position + self._zeros))
 
-    def _command(self, counts: tuple[int, ...] | None) -> bool:
+    def _command(self, counts: tuple[int, ...] | None, effort: int | None = None) -> bool:
         """Send joints and gripper, and the mode where it is needed; return whether that was done.
 
-        It is not done without power asked for, and after a stop; then the stop is repeated until the
-        arm reports it.
+        It is not done without power asked for, on a broken bus, while the arm is guided by hand, and
+        after a stop; then the stop is repeated until the arm reports it.
         """
         with self._send_lock:
-            if self._sdk is None:
+            if self._sdk is None or self._feedback is None:
                 raise UnavailableError(f"arm {self.arm.name}: the driver is closed", "open it again")
+            if self._broken:
+                return False
             if self._stop_sent:
                 if self._latest is not None and not self._latest[0].stopped:
                     self._sdk.EmergencyStop(1)
                 return False
+            if self._armed and self._taught():
+                self._armed = False
             if counts is None or not self._armed:
                 return False
             now_s = time.monotonic()
-            if not self._listens() and now_s - self._mode_sent_s > _MODE_AGAIN_S:
+            listens = (self._feedback.control_mode, self._feedback.move_mode) == (_CAN_CONTROL, _MOVE_J)
+            if not listens and now_s - self._mode_sent_s > _MODE_AGAIN_S:
                 self._mode_sent_s = now_s
                 self._sdk.ModeCtrl(_CAN_CONTROL, _MOVE_J, self._speed_percent, 0)
             self._sdk.JointCtrl(*counts[:JOINTS])
-            self._sdk.GripperCtrl(counts[JOINTS], self._gripper_effort, 1, 0)
+            self._sdk.GripperCtrl(counts[JOINTS], effort or self._gripper_effort, 1, 0)
             self._sent = counts
             return True
 
-    def _listens(self) -> bool:
-        """Whether the arm follows joint commands, or cannot be asked to without a person."""
-        mode = int(self._arm_status.ctrl_mode)
-        return mode in _TEACH_FAULT or (mode == _CAN_CONTROL and int(self._arm_status.mode_feed) == _MOVE_J)
+    def _taught(self) -> str:
+        """Return why a person must come before the arm follows commands; empty if it does."""
+        return TEACH_FAULT.get(self._feedback.control_mode, "") if self._feedback else ""
 
     def _wait_enabled(self, timeout_s: float) -> bool:
         """Wait for the motors to report anew; return whether all of them are on."""
-        asked_s = time.monotonic()
-        return self._wait(lambda: self._motors_heard_s > asked_s, timeout_s) and self.state().enabled
+        asked_s, feedback = time.monotonic(), self._feedback
+        assert feedback is not None
+        return self._wait(lambda: feedback.motors_heard_s > asked_s, timeout_s) and self.state().enabled
 
     def _wait(self, done: Callable[[], bool], timeout_s: float) -> bool:
         with self._news:
             return self._news.wait_for(done, timeout_s)
 
-    def _read(self, bus: can.BusABC) -> None:
+    def _read(self, bus: can.BusABC | None) -> None:
         """Take frames until the driver closes. A bus that fails shows as a state that ages."""
-        complained = False
+        failing_since_s: float | None = None
         while not self._closing.is_set():
+            if bus is None:
+                bus = self._reopen()
+                continue
             try:
                 message = bus.recv(timeout=0.05)
+                failing_since_s = None
                 if message is not None:
                     self._take(message)
-                    complained = False
             except Exception as error:  # any back end of python-can, any malformed frame
-                if not complained:
+                now_s = time.monotonic()
+                if failing_since_s is None:
+                    failing_since_s = now_s
                     logger.warning("arm %s: %s: %s", self.arm.name, self._where, error)
-                complained = True
+                if now_s - failing_since_s > _BROKEN_S:
+                    failing_since_s, bus = None, None
                 self._closing.wait(0.01)
 
+    def _reopen(self) -> can.BusABC | None:
+        """Open a bus that fails anew, as after its adapter was plugged in again; None if that fails."""
+        with self._send_lock:
+            if not self._broken:
+                self._broken = True  # nothing is sent meanwhile
+                logger.error("arm %s: %s is gone; %s", self.arm.name, self._where, self._remedy)
+            self._sdk.DisconnectPort()
+        if self._closing.wait(_REOPEN_S):
+            return None
+        with self._send_lock:
+            try:
+                bus = self._open_bus()
+            except UnavailableError as error:
+                logger.debug("%s", error)
+                return None
+            self._sdk.ConnectPort(can_init=False, piper_init=True, start_thread=False)
+            self._broken = False
+        logger.warning("arm %s: %s is open again", self.arm.name, self._where)
+        return bus
+
     def _take(self, message: can.Message) -> None:
-        if message.is_error_frame or message.is_extended_id or message.is_remote_frame or message.dlc != 8:
-            return
-        self._sdk.ParseCANFrame(message)
-        frame = message.arbitration_id
-        if frame == _JOINTS_12:
-            self._joint_frames, self._cycle_start_s = 1, message.timestamp
-        elif frame == _JOINTS_34:
-            self._joint_frames = 2 if self._joint_frames == 1 else 0
-        elif frame == _JOINTS_56:
-            whole = self._joint_frames == 2 and 0 <= message.timestamp - self._cycle_start_s < _CYCLE_S
-            self._joint_frames = 0
-            if whole and self._status_seen and self._gripper_seen and len(self._motors_seen) == JOINTS:
-                self._publish(message.timestamp)
-        elif frame == _STATUS:
-            self._status_seen = True
-        elif frame == _GRIPPER:
-            self._gripper_seen = True
-        elif frame == _FIRMWARE:  # kept here: the SDK empties its own copy just after it asked
-            self._firmware = (self._firmware + bytes(message.data))[-64:]
-        elif frame in _LOW_SPEED:
-            self._motors_seen.add(frame)
-            if frame == _LOW_SPEED[-1]:
-                with self._news:
-                    self._motors_heard_s = time.monotonic()
-
-    def _publish(self, stamp_s: float) -> None:
-        heard_s = time.monotonic()
-        lag_s = time.time() - stamp_s  # a frame may have waited in the kernel's queue
-        if 0 < lag_s < _MAX_LAG_S:
-            heard_s -= lag_s
-        joints, previous = self._joint_state, self._latest
-        counts = (
-            joints.joint_1,
-            joints.joint_2,
-            joints.joint_3,
-            joints.joint_4,
-            joints.joint_5,
-            joints.joint_6,
-            self._gripper_state.grippers_angle,
-        )
-        position = _from_counts(counts) - self._zeros
-        velocity = np.array([motor.motor_speed for motor in self._high] + [0.0]) * 1e-3
-        if previous is not None:
-            before, before_s = previous
-            velocity[JOINTS] = (position[JOINTS] - before.position[JOINTS]) / max(heard_s - before_s, 1e-3)
-        effort = 1e-3 * np.array(
-            [motor.effort for motor in self._high] + [self._gripper_state.grippers_effort]
-        )
-        faults = self._decode_faults()
-        status = int(self._arm_status.arm_status)
-        state = ArmState(
-            position=position,
-            velocity=velocity,
-            effort=effort,
-            stamp_ns=round(stamp_s * 1e9),
-            age_s=0.0,
-            enabled=self._enabled(),
-            stopped=status == 0x01,
-            status=_ARM_STATUS.get(status, f"unknown ({status:#04x})"),
-            faults=faults,
-        )
-        for array in (position, velocity, effort):
-            array.setflags(write=False)
-        with self._news:
-            self._latest = (state, heard_s)
-            self._news.notify_all()
-
-    def _enabled(self) -> bool:
-        motors = all(motor.foc_status_code & _ENABLED_BIT for motor in self._low)
-        return motors and bool(self._gripper_state.status_code & _ENABLED_BIT)
-
-    def _decode_faults(self) -> tuple[str, ...]:
-        status = self._arm_status
-        mode, arm_status, error_bits = int(status.ctrl_mode), int(status.arm_status), status.err_code
-        gripper_bits = self._gripper_state.status_code
-        motor_bits = tuple(motor.foc_status_code for motor in self._low)
-        codes = (mode, arm_status, error_bits, gripper_bits, *motor_bits)
-        if codes != self._codes:
-            self._codes = codes
-            self._faults = describe_faults(mode, arm_status, error_bits, gripper_bits, motor_bits)
-            if self._faults:
-                logger.warning("arm %s: %s", self.arm.name, "; ".join(self._faults))
-        return self._faults
-
-
-def describe_faults(
-    mode: int, arm_status: int, error_bits: int, gripper_bits: int, motor_bits: tuple[int, ...]
-) -> tuple[str, ...]:
-    """Return what is wrong, in plain words.
-
-    Args:
-        mode: byte 0 of frame 0x2A1.
-        arm_status: byte 1 of frame 0x2A1.
-        error_bits: bytes 6 and 7 of frame 0x2A1.
-        gripper_bits: byte 6 of frame 0x2A8.
-        motor_bits: byte 5 of frames 0x261 to 0x266.
-    """
-    faults = [_TEACH_FAULT[mode]] if mode in _TEACH_FAULT else []
-    if arm_status != 0:
-        faults.append(_ARM_STATUS.get(arm_status, f"unknown arm status {arm_status:#04x}"))
-    for joint in range(JOINTS):
-        if error_bits & (1 << (8 + joint)):
-            faults.append(f"joint {joint + 1} beyond its limit")
-        if error_bits & (1 << joint):
-            faults.append(f"joint {joint + 1} does not answer its controller")
-    for joint, bits in enumerate(motor_bits):
-        faults += [f"joint {joint + 1}: {word}" for word in _named(bits, _MOTOR_FAULT)]
-    faults += [f"gripper: {word}" for word in _named(gripper_bits, _GRIPPER_FAULT)]
-    return tuple(faults)
-
-
-def _named(bits: int, names: tuple[str | None, ...]) -> list[str]:
-    return [name for bit, name in enumerate(names) if name and bits & (1 << bit)]
-
-
-def _to_counts(positions: NDArray[np.float64]) -> tuple[int, ...]:
-    """Convert (7,) rad and m to the bus's 0.001 deg and 0.001 mm, nearest whole number."""
-    if positions.shape != (JOINTS + 1,) or not np.isfinite(positions).all():
-        raise ValueError(f"a Piper takes {JOINTS + 1} finite values, not {positions}")
-    joints = np.rint(np.degrees(positions[:JOINTS]) * 1000)
-    return (*(int(value) for value in joints), int(np.rint(positions[JOINTS] * 1e6)))
-
-
-def _from_counts(counts: tuple[int, ...]) -> NDArray[np.float64]:
-    """Convert the bus's counts to (7,) rad and m."""
-    positions = np.array(counts, dtype=np.float64) * 1e-6
-    positions[:JOINTS] = np.radians(positions[:JOINTS] * 1e3)
-    return positions
+        assert self._feedback is not None
+        state = self._feedback.take(message)
+        if state is not None:
+            with self._news:
+                self._latest = state
+                self._news.notify_all()

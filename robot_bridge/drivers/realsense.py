@@ -1,18 +1,20 @@
-"""A RealSense camera's colour stream, through the vendor's pyrealsense2.
+"""A RealSense camera's colour stream, and its depth if wanted, through the vendor's pyrealsense2.
 
 A camera is found by its serial number and by nothing else: with two cameras on a hub, order means
 nothing. Where the device comes from is the one seam, :data:`DeviceSource`; the twin puts the SDK's
 own software device there, and everything after it is the same code.
+
+A camera that sends nothing new is lost after half a second, and is won back in steps: it is waited for,
+its stream is stopped and started, the device is reset and looked for by its serial number again, every
+second, until it is back. Its picture is then locked to the exposure that it had.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -20,15 +22,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from robot_bridge.drivers.realsense_sdk import (
+    DeviceSource,
+    Intrinsics,
+    attached_device,
+    choose_depth,
+    choose_rate,
+    exposed_ns,
+    has_color_sensor,
+    intrinsics,
+    library,
+    quietly,
+    set_option,
+    usb_speed,
+)
 from simplevla.embodiment import Camera
-from simplevla.errors import MissingExtraError, UnavailableError
+from simplevla.errors import UnavailableError
 
 logger = logging.getLogger(__name__)
 
-DeviceSource = Callable[[Any, str], AbstractContextManager[Any]]
-"""Makes a context manager of an ``rs.device`` from an ``rs.context`` and a serial number."""
-
-_POLL_MS = 100
+_POLL_MS = 50
+_RESTART_AFTER, _RESET_AFTER = 2.0, 4.0  # times the time after which it is lost
+_AGAIN_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -39,27 +54,50 @@ class Frame:
         image: (H, W, 3) uint8 RGB, read-only, a copy of its own.
         capture_ns: when it was exposed, ns of the system clock.
         sequence: the device's frame number; a gap is a lost frame.
+        depth_m: (H, W) float32 distances along the optical axis, seen by the colour camera; 0 where
+            nothing is known; None without depth.
     """
 
     image: NDArray[np.uint8]
     capture_ns: int
     sequence: int
+    depth_m: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
-class Intrinsics:
-    """What the device says of its lens, as the SDK counts: the centre of the first pixel is (0, 0).
+class CameraHealth:
+    """How a camera is.
 
     Attributes:
-        fx, fy, cx, cy: pixels of the stream's size.
-        distortion: k1, k2, p1, p2, k3.
+        streaming: whether new pictures come.
+        reconnects: how often its stream was started anew since the driver was opened.
+        lost_frames: gaps in the device's frame numbers.
+        stamp_error_s: how much earlier than its arrival the last picture was exposed, by its stamp: some
+            ten milliseconds, or a clock is wrong.
+        clock: whose clock stamps the pictures: ``global_time``, ``system_time`` or ``hardware_clock``.
+        usb: speed of its port, such as ``3.2``; empty if it does not say.
+        locked: {option: value} that exposure, gain and white balance were locked to.
     """
 
-    fx: float
-    fy: float
-    cx: float
-    cy: float
-    distortion: tuple[float, float, float, float, float]
+    streaming: bool
+    reconnects: int
+    lost_frames: int
+    stamp_error_s: float
+    clock: str
+    usb: str
+    locked: dict[str, float]
+
+
+@dataclass
+class _Stream:
+    """A pipeline that runs, and what must outlive it."""
+
+    resources: ExitStack
+    pipeline: Any
+    device: Any
+    sensor: Any  # None where the device has no colour sensor of its own
+    profile: Any
+    align: Any  # None without depth
 
 
 class RealSenseDriver:
@@ -73,6 +111,8 @@ class RealSenseDriver:
         first_frame_timeout_s: how long to wait for the first picture.
         stamp_offset_s: how much later than its exposure this camera stamps a picture, as calibration
             found; it is taken off, s.
+        depth: take depth as well, brought to the colour camera's view.
+        lost_after_s: without a new picture for so long the camera counts as lost.
 
     Raises:
         UnavailableError: on entering, no device has this serial number, it does not offer the
@@ -89,6 +129,8 @@ class RealSenseDriver:
         warm_up_s: float = 1.0,
         first_frame_timeout_s: float = 5.0,
         stamp_offset_s: float = 0.0,
+        depth: bool = False,
+        lost_after_s: float = 0.5,
     ) -> None:
         self.camera = camera
         self.serial = serial
@@ -100,7 +142,15 @@ class RealSenseDriver:
         self._closing = threading.Event()
         self._latest: Frame | None = None
         self._intrinsics: Intrinsics | None = None
-        self._resources = ExitStack()
+        self._depth = depth
+        self._lost_after_s = max(lost_after_s, 2.0 / camera.rate_hz)
+        self._stream: _Stream | None = None
+        self._reader: threading.Thread | None = None
+        self._locked: dict[Any, float] = {}
+        self._streaming = False
+        self._reconnects = self._lost_frames = 0
+        self._stamp_error_s = 0.0
+        self._clock = self._usb = ""
 
     def __enter__(self) -> RealSenseDriver:
         try:
@@ -118,7 +168,23 @@ class RealSenseDriver:
     def close(self) -> None:
         """Stop streaming, end the reader and give the device back."""
         self._closing.set()
-        self._resources.close()
+        if self._reader is not None:
+            self._reader.join()
+            self._reader = None
+        self._end(self._stream)
+        self._stream, self._streaming = None, False
+
+    def health(self) -> CameraHealth:
+        """Return how the camera is."""
+        return CameraHealth(
+            self._streaming,
+            self._reconnects,
+            self._lost_frames,
+            self._stamp_error_s,
+            self._clock,
+            self._usb,
+            {str(option).rpartition(".")[2]: value for option, value in self._locked.items()},
+        )
 
     @property
     def intrinsics(self) -> Intrinsics:
@@ -159,38 +225,16 @@ class RealSenseDriver:
         return self._latest is not None and self._latest.capture_ns > capture_ns
 
     def _start(self) -> None:
-        rs = _library()
+        rs = library()
         self._closing.clear()
         self._latest = None
-        context = rs.context()  # must outlive the pipeline
-        device = self._resources.enter_context(self._device_source(context, self.serial))
-        _warn_if_usb2(rs, device, self.camera.name)
-        rate_hz = _choose_rate(rs, device, self.camera)
-        config = rs.config()
-        config.enable_stream(
-            rs.stream.color, -1, self.camera.width, self.camera.height, rs.format.rgb8, rate_hz
+        self._locked = {}
+        self._reconnects = self._lost_frames = 0
+        self._stream = stream = self._open(rs)
+        self._reader = threading.Thread(
+            target=self._read, args=(rs,), name=f"camera-{self.camera.name}", daemon=True
         )
-        pipeline = rs.pipeline(context)
-        pipeline.set_device(device)
-        try:
-            profile = pipeline.start(config)
-        except RuntimeError as error:
-            raise UnavailableError(
-                f"camera {self.camera.name} ({self.serial}) does not start: {error}",
-                "end other programs that use it, or plug it in again",
-            ) from error
-        self._resources.callback(pipeline.stop)
-        self._intrinsics = _intrinsics(profile.get_stream(rs.stream.color))
-        sensor = profile.get_device().first_color_sensor() if _has_color_sensor(device) else None
-        if sensor is not None:
-            _set_option(sensor, rs.option.global_time_enabled, 1, self.camera.name)
-            _set_option(sensor, rs.option.auto_exposure_priority, 0, self.camera.name)
-        reader = threading.Thread(
-            target=self._read, args=(rs, pipeline), name=f"camera-{self.camera.name}", daemon=True
-        )
-        reader.start()
-        self._resources.callback(reader.join)
-        self._resources.callback(self._closing.set)
+        self._reader.start()
         with self._news:
             if not self._news.wait_for(lambda: self._latest is not None, self._first_frame_timeout_s):
                 raise UnavailableError(
@@ -198,140 +242,144 @@ class RealSenseDriver:
                     f"{self._first_frame_timeout_s:g} s",
                     "check its USB cable; on the twin, check that the twin process renders",
                 )
-        if sensor is not None:
-            self._lock_picture(rs, sensor)
+        if stream.sensor is not None:
+            self._lock_picture(rs, stream.sensor)
         logger.info(
-            "camera %s (%s): %d x %d at %d Hz",
+            "camera %s (%s): %d x %d, stamped by %s",
             self.camera.name,
             self.serial,
             self.camera.width,
             self.camera.height,
-            rate_hz,
+            self._clock,
         )
 
+    def _open(self, rs: Any) -> _Stream:
+        """Return a stream that runs, of the device with this serial number.
+
+        Raises:
+            UnavailableError: see the class.
+        """
+        resources = ExitStack()
+        try:
+            context = rs.context()  # must outlive the pipeline
+            device = resources.enter_context(self._device_source(context, self.serial))
+            self._usb = usb_speed(rs, device, self.camera.name)
+            rate_hz = choose_rate(rs, device, self.camera)
+            config = rs.config()
+            config.enable_stream(
+                rs.stream.color, -1, self.camera.width, self.camera.height, rs.format.rgb8, rate_hz
+            )
+            if self._depth:
+                width, height = choose_depth(rs, device, self.camera, rate_hz)
+                config.enable_stream(rs.stream.depth, -1, width, height, rs.format.z16, rate_hz)
+            pipeline = rs.pipeline(context)
+            pipeline.set_device(device)
+            try:
+                profile = pipeline.start(config)
+            except RuntimeError as error:
+                raise UnavailableError(
+                    f"camera {self.camera.name} ({self.serial}) does not start: {error}",
+                    "end other programs that use it, or plug it in again",
+                ) from error
+            resources.callback(quietly, pipeline.stop)
+            self._intrinsics = intrinsics(profile.get_stream(rs.stream.color))
+            sensor = profile.get_device().first_color_sensor() if has_color_sensor(device) else None
+            if sensor is not None:
+                set_option(sensor, rs.option.global_time_enabled, 1, self.camera.name)
+                set_option(sensor, rs.option.auto_exposure_priority, 0, self.camera.name)
+                for option, value in self._locked.items():
+                    set_option(sensor, option, value, self.camera.name)
+        except BaseException:
+            resources.close()
+            raise
+        align = rs.align(rs.stream.color) if self._depth else None
+        return _Stream(resources, pipeline, device, sensor, profile, align)
+
     def _lock_picture(self, rs: Any, sensor: Any) -> None:
-        """After the warm-up keep exposure and white balance as they are, where the device has them."""
+        """After the warm-up keep exposure, gain and white balance, where the device has them."""
         automatic = (rs.option.enable_auto_exposure, rs.option.enable_auto_white_balance)
         if any(sensor.supports(option) for option in automatic):
             time.sleep(self._warm_up_s)
-        for option in automatic:
-            _set_option(sensor, option, 0, self.camera.name)
+        found = dict.fromkeys((option for option in automatic if sensor.supports(option)), 0.0)
+        for option in (rs.option.exposure, rs.option.gain, rs.option.white_balance):
+            if sensor.supports(option):
+                found[option] = float(sensor.get_option(option))
+        for option, value in found.items():
+            set_option(sensor, option, value, self.camera.name)
+        self._locked = found
 
-    def _read(self, rs: Any, pipeline: Any) -> None:
+    def _read(self, rs: Any) -> None:
+        """Take pictures until the driver closes; win back a camera that sends none."""
+        heard_s = time.monotonic()
+        restarted, next_s = False, self._lost_after_s * _RESTART_AFTER
         while not self._closing.is_set():
+            if self._stream is not None and self._take(rs, self._stream):
+                if not self._streaming and self._reconnects:
+                    logger.warning("camera %s (%s) is back", self.camera.name, self.serial)
+                self._streaming, heard_s = True, time.monotonic()
+                restarted, next_s = False, self._lost_after_s * _RESTART_AFTER
+                continue
+            quiet_s = time.monotonic() - heard_s
+            if self._streaming and quiet_s > self._lost_after_s:
+                self._streaming = False
+                logger.error("camera %s (%s) sends nothing new", self.camera.name, self.serial)
+            if self._latest is None or quiet_s < next_s:
+                self._closing.wait(0.02 if self._stream is None else 0.0)
+                continue
+            before, self._stream = self._stream, None
+            if not restarted:
+                restarted, next_s = True, self._lost_after_s * _RESET_AFTER
+                self._end(before)
+            else:
+                next_s = quiet_s + _AGAIN_S
+                if before is not None:
+                    quietly(before.device.hardware_reset)
+                self._end(before)
             try:
-                arrived, frames = pipeline.try_wait_for_frames(_POLL_MS)
-                if not arrived:
-                    continue
-                color = frames.get_color_frame()
-                if color:
-                    self._publish(rs, color)
-            except RuntimeError as error:
-                logger.warning("camera %s: %s", self.camera.name, error)
-                self._closing.wait(0.1)
+                self._stream = self._open(rs)
+                self._reconnects += 1
+            except UnavailableError as error:
+                logger.debug("%s", error)
 
-    def _publish(self, rs: Any, color: Any) -> None:
+    def _take(self, rs: Any, stream: _Stream) -> bool:
+        """Wait a moment for a picture and publish it; return whether a new one came."""
+        try:
+            arrived, frames = stream.pipeline.try_wait_for_frames(_POLL_MS)
+            if not arrived:
+                return False
+            if stream.align is not None:
+                frames = stream.align.process(frames)
+            color = frames.get_color_frame()
+            return bool(color) and self._publish(
+                rs, color, frames.get_depth_frame() if self._depth else None
+            )
+        except RuntimeError as error:
+            logger.warning("camera %s: %s", self.camera.name, error)
+            self._closing.wait(0.1)
+            return False
+
+    def _publish(self, rs: Any, color: Any, depth: Any) -> bool:
+        domain = color.get_frame_timestamp_domain()
+        self._clock = str(domain).rpartition(".")[2]
+        capture_ns = exposed_ns(rs, color, domain) - self._stamp_offset_ns
+        sequence, latest = int(color.get_frame_number()), self._latest
+        if latest is not None and latest.capture_ns == capture_ns:
+            return False  # the same picture again
         image = np.array(color.get_data(), dtype=np.uint8)  # copied: the view is the SDK's memory
         image.setflags(write=False)
-        capture_ns = _capture_ns(rs, color) - self._stamp_offset_ns
-        frame = Frame(image, capture_ns, int(color.get_frame_number()))
+        distances = None
+        if depth:
+            distances = np.asarray(depth.get_data()).astype(np.float32) * np.float32(depth.get_units())
+            distances.setflags(write=False)
+        if latest is not None and sequence > latest.sequence + 1:
+            self._lost_frames += sequence - latest.sequence - 1
+        self._stamp_error_s = (time.time_ns() - capture_ns) / 1e9
         with self._news:
-            self._latest = frame
+            self._latest = Frame(image, capture_ns, sequence, distances)
             self._news.notify_all()
+        return True
 
-
-@contextlib.contextmanager
-def attached_device(context: Any, serial: str) -> Iterator[Any]:
-    """Yield the attached device with this serial number.
-
-    Raises:
-        UnavailableError: there is none; the message lists the serial numbers that are there.
-    """
-    rs = _library()
-    devices = list(context.query_devices())
-    found = [device.get_info(rs.camera_info.serial_number) for device in devices]
-    if serial not in found:
-        raise missing_camera(serial, found)
-    yield devices[found.index(serial)]
-
-
-def missing_camera(serial: str, found: list[str]) -> UnavailableError:
-    """Return the error for a serial number that is not among those found."""
-    return UnavailableError(
-        f"no camera with serial number {serial} (found: {', '.join(found) or 'none'})",
-        "plug it in, or correct the serial number in the rig",
-    )
-
-
-def _library() -> Any:
-    try:
-        import pyrealsense2
-    except ImportError as error:
-        raise MissingExtraError("pyrealsense2 (or its libusb-1.0)", "robot") from error
-    return pyrealsense2
-
-
-def _choose_rate(rs: Any, device: Any, camera: Camera) -> int:
-    """Return the slowest rate the device offers in this size that is at least the camera's."""
-    offered = {
-        (video.width(), video.height(), video.fps())
-        for sensor in device.query_sensors()
-        for profile in sensor.get_stream_profiles()
-        if profile.stream_type() == rs.stream.color and profile.format() == rs.format.rgb8
-        for video in [profile.as_video_stream_profile()]
-    }
-    rates = sorted(
-        fps
-        for width, height, fps in offered
-        if (width, height) == (camera.width, camera.height) and fps >= camera.rate_hz
-    )
-    if not rates:
-        sizes = ", ".join(f"{w}x{h} at {fps} Hz" for w, h, fps in sorted(offered)) or "no RGB8 stream"
-        raise UnavailableError(
-            f"camera {camera.name} does not offer {camera.width}x{camera.height} at {camera.rate_hz:g} Hz "
-            f"or more (offers: {sizes})",
-            "plug it into a USB 3 port, or use an embodiment with a size that it offers",
-        )
-    return int(rates[0])
-
-
-def _capture_ns(rs: Any, frame: Any) -> int:
-    """Return when ``frame`` was exposed, ns of the system clock.
-
-    Global time is the device's clock mapped to the system's by the SDK. Without it the device's
-    clock means nothing here, and the time of arrival is the nearest that can be said.
-    """
-    domain = frame.get_frame_timestamp_domain()
-    if domain == rs.timestamp_domain.hardware_clock:
-        key = rs.frame_metadata_value.time_of_arrival
-        if frame.supports_frame_metadata(key):
-            return int(frame.get_frame_metadata(key)) * 1_000_000
-        return time.time_ns()
-    return int(frame.get_timestamp() * 1e6 + 0.5)
-
-
-def _intrinsics(stream: Any) -> Intrinsics:
-    found = stream.as_video_stream_profile().get_intrinsics()
-    k1, k2, p1, p2, k3 = (float(value) for value in found.coeffs)
-    return Intrinsics(found.fx, found.fy, found.ppx, found.ppy, (k1, k2, p1, p2, k3))
-
-
-def _has_color_sensor(device: Any) -> bool:
-    return any(sensor.is_color_sensor() for sensor in device.query_sensors())
-
-
-def _set_option(sensor: Any, option: Any, value: float, name: str) -> None:
-    if not sensor.supports(option):
-        logger.debug("camera %s has no option %s", name, option)
-        return
-    try:
-        sensor.set_option(option, value)
-    except RuntimeError as error:
-        logger.warning("camera %s: %s was not set to %g: %s", name, option, value, error)
-
-
-def _warn_if_usb2(rs: Any, device: Any, name: str) -> None:
-    if device.supports(rs.camera_info.usb_type_descriptor):
-        speed = device.get_info(rs.camera_info.usb_type_descriptor)
-        if speed.startswith("2"):
-            logger.warning("camera %s is on USB %s and may lose frames: use a USB 3 port", name, speed)
+    @staticmethod
+    def _end(stream: _Stream | None) -> None:
+        if stream is not None:
+            stream.resources.close()

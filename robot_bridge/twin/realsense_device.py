@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from robot_bridge.drivers.realsense import DeviceSource, missing_camera
+from robot_bridge.drivers.realsense_sdk import DeviceSource, missing_camera
 from robot_bridge.rig import Rig
 from robot_bridge.twin.frames import FrameReader, Picture, slot_name
 from simplevla.embodiment import Camera
@@ -21,7 +21,7 @@ from simplevla.errors import ConfigError, UnavailableError
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.002
-_LOST_AFTER_S = 0.5
+_LOST_AFTER_S = 0.2
 _BYTES_PER_PIXEL = 3
 
 

@@ -4,17 +4,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robot_bridge.drivers.piper import PiperDriver, describe_faults
+from robot_bridge.drivers.piper import PiperDriver
+from robot_bridge.drivers.piper_faults import describe_faults, must_hold
 from robot_bridge.limits import Limiter, SafeSetpoint
 from robot_bridge.rig import CanPort, load_rig, with_free_ports
 from robot_bridge.twin import piper_frames as frames
 from robot_bridge.twin.bench import BenchArm
 from robot_bridge.twin.can_bus import CanFrame
+from robot_bridge.twin.faults import Fault, FaultKind
 from simplevla.embodiment import load_embodiment
 from simplevla.errors import UnavailableError
 
@@ -255,7 +258,7 @@ def test_garbage_on_the_bus_does_not_stop_the_reader(driver: PiperDriver, bench:
 
 def test_teach_mode_is_said_and_not_enabled(driver: PiperDriver, bench: BenchArm) -> None:
     bench.silent.set()
-    time.sleep(0.05)
+    time.sleep(0.15)
     bench._hub.send([frames.status_frame(2, 0x0B, 0), *frames.joint_frames([0] * 6)])
     assert wait_for(lambda: any("taught by hand" in fault for fault in driver.state().faults))
     with pytest.raises(UnavailableError, match="taught by hand"):
@@ -305,6 +308,69 @@ def test_one_bus_has_one_driver(driver: PiperDriver, can: CanPort) -> None:
     with pytest.raises(UnavailableError, match="already open"), PiperDriver(RIGHT, can):
         pass
     assert driver.state().age_s < 0.2
+
+
+def test_temperatures_currents_and_voltage_are_told(driver: PiperDriver, bench: BenchArm) -> None:
+    bench.emulator.motor_c = 41
+    assert wait_for(lambda: driver.state().motor_c.tolist() == [41.0] * 6)
+    state = driver.state()
+    assert state.driver_c.tolist() == [30.0] * 6
+    assert state.current_a.shape == (6,)
+    assert state.supply_v == pytest.approx(24.0)
+
+
+def test_an_older_arm_counts_two_joints_from_another_zero(can: CanPort) -> None:
+    older = msgspec.structs.replace(can, dh="old")
+    with BenchArm(LEFT, can.channel) as bench:
+        bench.emulator.zeros[1:3] = np.radians([2.0, -2.0])
+        with PiperDriver(LEFT, older) as driver:
+            np.testing.assert_allclose(driver.state().position, ROBOT.home()[PART], atol=ROUNDING)
+            driver.enable()
+            play(driver, MIDDLE)
+            np.testing.assert_allclose(bench.position, MIDDLE[PART], atol=2 * ROUNDING)
+
+
+def test_a_wider_gripper_is_taken_and_said(can: CanPort, caplog: pytest.LogCaptureFixture) -> None:
+    with BenchArm(LEFT, can.channel, gripper_range_m=0.1), PiperDriver(LEFT, can):
+        pass
+    assert "set to open 100 mm; the embodiment uses 70 mm" in caplog.text
+
+
+def test_an_arm_cannot_be_where_no_arm_can_get_to_so_soon(driver: PiperDriver, bench: BenchArm) -> None:
+    before = driver.state().position
+    for count in (2_000_000, 90_000):
+        bench._hub.send(frames.joint_frames([count] * 6))
+        time.sleep(0.02)
+        assert driver.doubted > 0
+        assert np.abs(driver.state().position - before).max() < 0.1
+
+
+def test_nothing_is_sent_to_an_arm_that_a_hand_guides(driver: PiperDriver, bench: BenchArm) -> None:
+    driver.enable()
+    bench.inject(Fault(kind=FaultKind.TEACH_BUTTON, part="left"))
+    assert wait_for(lambda: driver.state().must_hold)
+    assert driver.send(safe(MIDDLE), PART) is None
+    bench.clear()
+    assert wait_for(lambda: not driver.state().must_hold)
+    assert driver.send(safe(MIDDLE), PART) is None
+    driver.enable()
+    assert driver.send(safe(MIDDLE), PART) is not None
+
+
+@pytest.mark.parametrize(
+    ("codes", "holds"),
+    [
+        ((1, 0, 0, 0b11000000, (0b01000000,) * 6), False),
+        ((1, 4, 1 << 8, 0b11000000, (0b01000000,) * 6), False),  # one target beyond a limit
+        ((2, 0, 0, 0b11000000, (0b01000000,) * 6), True),
+        ((1, 7, 0, 0b11000000, (0b01000000,) * 6), True),
+        ((1, 0, 1, 0b11000000, (0b01000000,) * 6), True),
+        ((1, 0, 0, 0b11010000, (0b01000000,) * 6), True),
+        ((1, 0, 0, 0b11000000, (0b01000000,) * 5 + (0b11000000,)), True),
+    ],
+)
+def test_what_an_arm_cannot_be_moved_with_is_told_apart(codes: tuple, holds: bool) -> None:
+    assert must_hold(*codes) is holds
 
 
 def test_faults_are_told_in_plain_words() -> None:

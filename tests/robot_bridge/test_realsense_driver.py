@@ -1,9 +1,11 @@
 """The RealSense driver on the vendor's SDK, against the SDK's own software device."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -147,6 +149,105 @@ def test_a_twin_that_does_not_run_is_said(rig: Rig) -> None:
     with pytest.raises(UnavailableError) as raised, camera_driver(rig, CAMERA):
         pass
     assert "simplevla twin" in raised.value.remedy
+
+
+def test_a_lost_camera_is_said_and_won_back(rig: Rig) -> None:
+    with Projector(rig):
+        driver = camera_driver(rig, CAMERA)
+        driver.__enter__()
+        assert driver.health().streaming
+        assert driver.health().clock == "system_time"
+        assert driver.health().usb == "3.2"
+        assert -0.1 < driver.health().stamp_error_s < 1.0
+    try:
+        deadline = time.monotonic() + 5
+        while driver.health().streaming and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not driver.health().streaming
+        time.sleep(0.8)  # the stream is stopped and looked for again meanwhile
+        with Projector(rig):
+            driver.wait_newer(time.time_ns(), 6.0)
+        assert driver.health().reconnects >= 1
+    finally:
+        driver.close()
+
+
+class DepthCamera:
+    """The SDK's software device with a colour and a depth sensor, and options that a camera has."""
+
+    def __init__(self) -> None:
+        self.options: dict[str, float] = {}
+        self._over = threading.Event()
+
+    @contextlib.contextmanager
+    def __call__(self, context: Any, _serial: str) -> Iterator[Any]:
+        import pyrealsense2 as rs
+
+        device = rs.software_device()
+        color, depth = device.add_sensor("RGB Camera"), device.add_sensor("Stereo Module")
+        for option, low, high, now in (
+            (rs.option.enable_auto_exposure, 0, 1, 1),
+            (rs.option.exposure, 1, 1000, 156),
+            (rs.option.gain, 0, 128, 64),
+        ):
+            color.add_option(option, rs.option_range(low, high, now, 1), True)
+            color.set_option(option, now)
+        depth.add_read_only_option(rs.option.depth_units, 0.001)
+        streams = [
+            _profile(rs, color, rs.stream.color, 1, 3, rs.format.rgb8),
+            _profile(rs, depth, rs.stream.depth, 2, 2, rs.format.z16),
+        ]
+        streams[1].register_extrinsics_to(streams[0], rs.extrinsics())
+        device.add_to(context)
+        self.color = color
+        thread = threading.Thread(target=self._feed, args=(rs, color, depth, streams), daemon=True)
+        thread.start()
+        try:
+            yield device
+        finally:
+            self._over.set()
+            thread.join()
+
+    def _feed(self, rs: Any, color: Any, depth: Any, streams: list[Any]) -> None:
+        number = 0
+        while not self._over.wait(0.03):
+            number += 1
+            for sensor, stream, pixels, size in (
+                (color, streams[0], np.full(SHAPE, number % 256, np.uint8), 3),
+                (depth, streams[1], np.full(SHAPE[:2], 1500, np.uint16), 2),
+            ):
+                frame = rs.software_video_frame()
+                frame.pixels, frame.stride, frame.bpp = pixels, CAMERA.width * size, size
+                frame.timestamp, frame.domain = time.time() * 1e3, rs.timestamp_domain.system_time
+                frame.frame_number, frame.profile = number, stream
+                sensor.on_video_frame(frame)
+
+
+def _profile(rs: Any, sensor: Any, kind: Any, uid: int, size: int, form: Any) -> Any:
+    intrinsics = rs.intrinsics()
+    intrinsics.width, intrinsics.height = CAMERA.width, CAMERA.height
+    intrinsics.fx, intrinsics.fy, intrinsics.ppx, intrinsics.ppy = (
+        CAMERA.fx,
+        CAMERA.fy,
+        CAMERA.cx,
+        CAMERA.cy,
+    )
+    intrinsics.model, intrinsics.coeffs = rs.distortion.none, [0.0] * 5
+    stream = rs.video_stream()
+    stream.type, stream.index, stream.uid, stream.fmt = kind, 0, uid, form
+    stream.width, stream.height, stream.fps = CAMERA.width, CAMERA.height, round(CAMERA.rate_hz)
+    stream.bpp, stream.intrinsics = size, intrinsics
+    return sensor.add_video_stream(stream, True).as_video_stream_profile()
+
+
+def test_depth_comes_in_metres_and_exposure_is_locked_to_what_it_was() -> None:
+    camera = DepthCamera()
+    with RealSenseDriver(CAMERA, "any", device_source=camera, depth=True, warm_up_s=0.1) as driver:
+        frame = driver.wait_newer(time.time_ns(), 3.0)
+        assert frame.depth_m is not None
+        assert frame.depth_m.shape == SHAPE[:2]
+        assert np.median(frame.depth_m) == pytest.approx(1.5)
+        assert driver.health().locked == {"enable_auto_exposure": 0.0, "exposure": 156.0, "gain": 64.0}
 
 
 @pytest.mark.usefixtures("projector")
