@@ -42,7 +42,8 @@ _BACKENDS = ("onnxruntime", "torch")
 EXECUTIONS = tuple(mode.value for mode in ExecutionMode)
 _HARDWARE_DOMAIN = 0  # ROS's own default
 _TWIN_DOMAIN = 77  # so that a twin never meets the robot that the same PC drives
-_HARDWARE_AGE_S = 0.1
+_HARDWARE_AGE_S = 0.04  # a lost bus is found within 50 ms
+_HARDWARE_STOP_S, _TWIN_STOP_S = 1.0, 5.0
 _TWIN_AGE_S = 0.5  # a busy machine pauses its twin for longer than a bus may ever be silent
 
 
@@ -276,7 +277,10 @@ def processes(settings: Settings) -> list[Process]:
     server = ("server",) if settings.is_local else ()
     record = _valid_record(settings, rig)
     robot = {"rig": settings.rig, "arms": ",".join(settings.arms), "session_record": record}
-    bounds = {"max_feedback_age_s": str(_TWIN_AGE_S if rig.is_twin else _HARDWARE_AGE_S)}
+    bounds = {
+        "max_feedback_age_s": str(_TWIN_AGE_S if rig.is_twin else _HARDWARE_AGE_S),
+        "stop_silent_after_s": str(_TWIN_STOP_S if rig.is_twin else _HARDWARE_STOP_S),
+    }
     found.append(
         Process(
             "arms",

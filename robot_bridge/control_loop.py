@@ -6,8 +6,14 @@ may call. What it does on a fault:
 
 ===================================  =======================================================
 no trajectory, or its end            the arms hold the last setpoint
-joint feedback older than a bound    brake, hold, forget what was to be played, take nothing new
-motors lost power, an arm stopped    as above, until someone enables the arms again
+no fresh trajectory within a bound   brake and hold, however much of the last one is left (dead man's rule)
+joint feedback older than a bound    brake, hold, take nothing new; go on when it is back
+the same for 0.1 s                   as above, and forget what was to be played; an arm that heard nothing
+                                     meanwhile goes on from where it stands
+a joint that does not follow         is not pushed on; after half a second as for a fault
+the same for a second                the silent arm's own damped stop, repeated until it confirms; latched
+motors lost power, an arm stopped,   brake, hold, take nothing new until someone enables the arms again
+a fault of an arm, a hand on it
 emergency stop                       the arms' own damped stop, repeated until they confirm; latched
 closing                              brake, hold, and leave the arms holding
 ===================================  =======================================================
@@ -28,7 +34,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from robot_bridge.chunk_execution import ChunkPlayer, Played, Trajectory, smooth_move
-from robot_bridge.limits import Limiter, LimitEvent, Vector
+from robot_bridge.limits import Cause, Limiter, LimitEvent, LimitsError, Vector
 from simplevla.embodiment import Embodiment
 from simplevla.errors import SimplevlaError, UnavailableError
 
@@ -43,6 +49,9 @@ _BRAKE_PATIENCE_S = 1.5
 _RESET_PATIENCE_S = 2.0
 _PERIODS_KEPT = 400
 _REPEAT_STOP = 20  # turns
+_FORGET_S = 0.1
+_FOLLOWS_RAD = 0.02  # nearer than this to its set point an arm has heard it
+_BLOCKED_S = 0.5
 _OFF = "motors are off: enable the arms"
 
 
@@ -64,7 +73,8 @@ class Tick:
         stamp_ns: when the setpoints had been sent, ns of the system clock.
         states: of each arm, in the embodiment's order.
         sent: (D,) what was really sent; None if nothing was.
-        events: what the limits changed.
+        events: what the limits changed, and what made the arms hold.
+        mode, reason: what the loop does with the arms, and why it takes no trajectories.
         played: how far the last trajectories came; empty in a hold.
     """
 
@@ -73,6 +83,8 @@ class Tick:
     states: tuple[ArmState, ...]
     sent: Vector | None
     events: tuple[LimitEvent, ...]
+    mode: Mode
+    reason: str
     played: tuple[Played, ...]
 
 
@@ -103,7 +115,11 @@ class ControlLoop:
         drivers: one open driver for each arm, in the embodiment's order.
         limiter: the limits.
         on_tick: called in the loop's thread after each turn; must be quick.
-        max_feedback_age_s: joint feedback older than this means that the arms hold.
+        max_feedback_age_s: joint feedback older than this means that the arms hold. The default finds a
+            lost bus within 50 ms.
+        stop_silent_after_s: an arm that is silent for this long, and for twice the age above, is stopped.
+        max_setpoint_age_s: what :meth:`play` took is played for this long at most unless something fresher
+            comes; None where whoever plays cannot die without this process.
     """
 
     def __init__(
@@ -113,7 +129,9 @@ class ControlLoop:
         limiter: Limiter,
         on_tick: Callable[[Tick], None],
         *,
-        max_feedback_age_s: float = 0.1,
+        max_feedback_age_s: float = 0.04,
+        stop_silent_after_s: float = 1.0,
+        max_setpoint_age_s: float | None = 3.0,
     ) -> None:
         self._embodiment = embodiment
         self._arms = [
@@ -123,6 +141,14 @@ class ControlLoop:
         self._player = ChunkPlayer(np.zeros(embodiment.dimension), embodiment.position_limits())
         self._on_tick = on_tick
         self._max_age_s = max_feedback_age_s
+        self._forget_s = max(_FORGET_S, max_feedback_age_s)
+        self._stop_after_s = max(stop_silent_after_s, 2 * max_feedback_age_s)
+        self._max_setpoint_age_s = np.inf if max_setpoint_age_s is None else max_setpoint_age_s
+        self._fresh_until_s = np.inf
+        self._happened: list[LimitEvent] = []  # since the last turn, beside what the limits changed
+        self._forgot = False
+        self._blocked_s = 0.0  # how long a joint has not followed
+        self._to_stop = [False] * len(self._arms)
         self._period_s = 1.0 / embodiment.control_rate_hz
         self._lock = threading.Lock()  # guards the mode and the player; never held while sending
         self._mode = Mode.OFF
@@ -144,12 +170,8 @@ class ControlLoop:
     def close(self) -> None:
         """Brake, hold, and end the thread. The arms go on holding."""
         self.hold()
-        deadline = time.monotonic() + _BRAKE_PATIENCE_S
-        while self._mode in (Mode.ON, Mode.FAULT) and not self._limiter.resting and self._thread.is_alive():
-            if time.monotonic() > deadline:
-                logger.warning("the arms were still moving when the loop ended")
-                break
-            time.sleep(self._period_s)
+        if not self._wait_resting(Mode.ON, Mode.FAULT):
+            logger.warning("the arms were still moving when the loop ended")
         self._closing.set()
         self._thread.join()
 
@@ -160,6 +182,7 @@ class ControlLoop:
             UnavailableError: an arm does not come on, is stopped, or is silent.
             LimitsError: an arm stands outside its limits.
         """
+        self._wait_resting()  # or what is commanded on enabling would be a jump
         with self._lock:
             if self._mode is Mode.ON:
                 return
@@ -189,14 +212,18 @@ class ControlLoop:
     def reset(self) -> None:
         """Clear a stop or a fault; cuts power, **the arms drop**. Only for a person, as above.
 
+        Where only some arms were stopped, because they were silent, the others keep their power.
+
         Raises:
             UnavailableError: an arm does not confirm it.
         """
         with self._lock:
+            chosen = self._to_stop if self._mode is Mode.STOPPED else [True] * len(self._arms)
             self._mode, self._reason = Mode.OFF, _OFF
         time.sleep(2 * self._period_s)  # a turn that has begun may still repeat the stop
-        for driver, _ in self._arms:
-            driver.reset()
+        for (driver, _), due in zip(self._arms, chosen, strict=True):
+            if due:
+                driver.reset()
         deadline = time.monotonic() + _RESET_PATIENCE_S
         while stopped := [driver.arm.name for driver, _ in self._arms if driver.state().stopped]:
             if time.monotonic() > deadline:
@@ -207,7 +234,9 @@ class ControlLoop:
         """Stop all arms now, in their own damped way, until they are reset and enabled."""
         with self._lock:
             self._mode, self._reason = Mode.STOPPED, "emergency stop: reset the arms, then enable them"
-        self._stop_all([False] * len(self._arms))
+            self._to_stop = [True] * len(self._arms)
+            self._happened.append(LimitEvent(Cause.STOP))
+        self._stop_all(self._to_stop)
 
     def hold(self) -> None:
         """Brake and stay; what was to be played is forgotten."""
@@ -224,7 +253,10 @@ class ControlLoop:
         with self._lock:
             if self._mode is not Mode.ON or self._reason:
                 raise UnavailableError(self._reason or "the arms are off", "see the arms' diagnostics")
-            return self._player.offer(trajectory, time.monotonic())
+            now_s = time.monotonic()
+            skipped = self._player.offer(trajectory, now_s)
+            self._fresh_until_s = now_s + self._max_setpoint_age_s
+            return skipped
 
     def go_home(self) -> None:
         """Move smoothly to the rest position and return when the arms are there.
@@ -248,6 +280,7 @@ class ControlLoop:
                 acceleration=_HOME_SPEED * self._embodiment.acceleration_limits(),
             )
             self._player.offer(move, now_s)
+            self._fresh_until_s = np.inf
         deadline = move.times()[-1] + _HOME_PATIENCE_S
         while time.monotonic() < deadline:
             time.sleep(0.02)
@@ -291,56 +324,112 @@ class ControlLoop:
         states = tuple(driver.state() for driver, _ in self._arms)
         setpoint, played = None, tuple[Played, ...]()
         with self._lock:
-            mode = self._judge(states)
-            if mode is Mode.ON or (mode is Mode.FAULT and not self._limiter.resting):
+            self._judge(states)
+            mode, reason = self._mode, self._reason
+            # At rest a silent arm is told nothing more: it may have heard none of it, and would jump.
+            at_rest = self._limiter.resting and (mode is Mode.FAULT or self._forgot)
+            if mode in (Mode.ON, Mode.FAULT) and not at_rest:
+                self._mind_the_dead_man(t_s)
                 measured = np.concatenate([self._trusted(state) for state in states])
-                setpoint = self._limiter.admit(self._player.wanted(t_s), measured, dt_s)
+                effort = np.concatenate([state.effort for state in states])
+                setpoint = self._limiter.admit(self._player.wanted(t_s), measured, dt_s, effort)
+                self._mind_the_blocked(setpoint.events, dt_s)
                 played = self._player.played(t_s)
+            events = (*self._happened, *(setpoint.events if setpoint is not None else ()))
+            self._limiter.counts.update({event.cause for event in self._happened})
+            self._happened.clear()
+            to_stop = self._to_stop
         sent = None
         if setpoint is not None:
             sent = _joined([driver.send(setpoint, part) for driver, part in self._arms])
         elif mode is Mode.STOPPED and index % _REPEAT_STOP == 0:
-            self._stop_all([state.stopped for state in states])
-        events = setpoint.events if setpoint is not None else ()
-        self._on_tick(Tick(index, time.time_ns(), states, sent, events, played))
+            due = [want and not state.stopped for want, state in zip(to_stop, states, strict=True)]
+            self._stop_all(due)
+        self._on_tick(Tick(index, time.time_ns(), states, sent, events, mode, reason, played))
 
-    def _judge(self, states: Sequence[ArmState]) -> Mode:
-        """Return the mode after what the arms say of themselves; the lock is held."""
+    def _judge(self, states: Sequence[ArmState]) -> None:
+        """Change the mode to what the arms say of themselves; the lock is held."""
         if self._mode is not Mode.ON:
-            return self._mode
+            return
         names = [arm.name for arm in self._embodiment.arms]
         for name, state in zip(names, states, strict=True):
             if state.stopped or not state.enabled:
                 what = "is stopped" if state.stopped else "has lost motor power"
-                self._fail(f"arm {name} {what}: enable the arms again")
-                return self._mode
-        silent = [n for n, state in zip(names, states, strict=True) if state.age_s > self._max_age_s]
+                self._fail(f"arm {name} {what}: enable the arms again", name)
+                return
+            if state.must_hold:
+                self._fail(f"arm {name}: {'; '.join(state.faults)}: see to it, then enable the arms", name)
+                return
+        ages = [state.age_s for state in states]
+        silent = [name for name, age_s in zip(names, ages, strict=True) if age_s > self._max_age_s]
         if silent and not self._reason:
             self._reason = f"no joint feedback from: {', '.join(silent)}"
-            self._player.hold(self._limiter.rest())
             logger.error("%s: the arms hold", self._reason)
         elif not silent and self._reason:
             logger.warning("joint feedback is back")
             self._reason = ""
-        return self._mode
+            if self._forgot:
+                self._go_on_from_here(states)
+        self._forgot = max(ages) > self._forget_s
+        if self._forgot:
+            self._player.hold(self._limiter.rest())
+        if max(ages) > self._stop_after_s:
+            self._mode, self._to_stop = Mode.STOPPED, [age_s > self._stop_after_s for age_s in ages]
+            self._reason += ", which are stopped: see to their buses and power, then reset and enable them"
+            self._happened.append(LimitEvent(Cause.STOP, ",".join(silent)))
+            logger.error("%s", self._reason)
 
-    def _fail(self, reason: str) -> None:
+    def _go_on_from_here(self, states: Sequence[ArmState]) -> None:
+        """Set out anew from the measured pose if an arm has not followed meanwhile; the lock is held."""
+        measured = np.concatenate([state.position for state in states])
+        if self._limiter.position is None or self._limiter.leads(measured) < _FOLLOWS_RAD:
+            return
+        try:
+            self._player.hold(self._limiter.reset(measured).positions)
+        except LimitsError as error:
+            self._fail(f"{error.message}: {error.remedy}")
+
+    def _mind_the_blocked(self, events: Sequence[LimitEvent], dt_s: float) -> None:
+        """Take it for a fault if a joint does not follow for long; the lock is held."""
+        blocked = [event.joint for event in events if event.cause is Cause.TRACKING]
+        self._blocked_s = self._blocked_s + dt_s if blocked else 0.0
+        if self._blocked_s > _BLOCKED_S and self._limiter.resting:
+            self._fail(f"does not follow: {', '.join(blocked)}: see to it, then enable the arms")
+
+    def _mind_the_dead_man(self, t_s: float) -> None:
+        """Hold if what plays is stale and nothing fresher came; the lock is held."""
+        if t_s > self._fresh_until_s and not self._player.done(t_s):
+            logger.error("no fresh trajectory for %.1f s: the arms hold", self._max_setpoint_age_s)
+            self._player.hold(self._limiter.rest())
+            self._happened.append(LimitEvent(Cause.STALE))
+
+    def _fail(self, reason: str, arm: str = "") -> None:
         """Hold until the arms are enabled again; the lock is held."""
         if self._mode is Mode.ON:
             logger.error("%s: the arms hold", reason)
             self._mode, self._reason = Mode.FAULT, reason
+            self._happened.append(LimitEvent(Cause.FAULT, arm))
             self._player.hold(self._limiter.rest())
 
     def _trusted(self, state: ArmState) -> Vector:
         """Return the measured position, NaN if it is too old to mean anything."""
         return state.position if state.age_s <= self._max_age_s else np.full_like(state.position, np.nan)
 
-    def _stop_all(self, confirmed: Sequence[bool]) -> None:
-        """Stop every arm that has not confirmed it; one that fails keeps no other from its stop."""
+    def _wait_resting(self, *modes: Mode) -> bool:
+        """Wait while the setpoints move in one of ``modes`` (a fault); return whether they rest."""
+        deadline = time.monotonic() + _BRAKE_PATIENCE_S
+        while self._mode in (modes or (Mode.FAULT,)) and not self._limiter.resting:
+            if time.monotonic() > deadline or not self._thread.is_alive():
+                return not self._thread.is_alive()
+            time.sleep(self._period_s)
+        return True
+
+    def _stop_all(self, due: Sequence[bool]) -> None:
+        """Stop every arm that is due; one that fails keeps no other from its stop."""
         errors: list[Exception] = []
-        for (driver, _), done in zip(self._arms, confirmed, strict=True):
+        for (driver, _), now in zip(self._arms, due, strict=True):
             try:
-                if not done:
+                if now:
                     driver.stop()
             except Exception as error:
                 errors.append(error)

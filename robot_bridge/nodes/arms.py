@@ -36,7 +36,7 @@ from sensor_msgs.msg import JointState
 from trajectory_msgs.msg import JointTrajectory
 
 from robot_bridge.chunk_execution import Trajectory
-from robot_bridge.clearance import TABLE_TOP_M, Workspace
+from robot_bridge.clearance import TABLE_TOP_M, Box, Workspace
 from robot_bridge.control_loop import ControlLoop, Mode, Tick
 from robot_bridge.drivers.choice import arm_driver
 from robot_bridge.limits import Limiter, LimitEvent
@@ -78,7 +78,21 @@ class ArmsNode(ManagedNode):
             high=3,
         )
         self.declare(
-            "max_feedback_age_s", 0.1, "joint feedback older than this: the arms hold, s", low=0.01, high=1
+            "max_feedback_age_s", 0.04, "joint feedback older than this: the arms hold, s", low=0.01, high=1
+        )
+        self.declare(
+            "stop_silent_after_s",
+            1.0,
+            "an arm without joint feedback for so long is stopped, s",
+            low=0.1,
+            high=60,
+        )
+        self.declare(
+            "max_setpoint_age_s",
+            3.0,
+            "nothing fresher than a trajectory for so long: the arms hold, s",
+            low=0.1,
+            high=60,
         )
         self.declare("publish_rate_hz", 100.0, "rate of joint_states and setpoints, Hz", low=1, high=200)
         self.declare("piper_topics", False, "offer the topics of the vendor's ROS driver as well")
@@ -94,10 +108,17 @@ class ArmsNode(ManagedNode):
             table_top_m = self.value("table_top_m")
             if record and record.table_top_m is not None and table_top_m == TABLE_TOP_M:
                 table_top_m = record.table_top_m
-            limiter = Limiter(embodiment, Workspace(embodiment, table_top_m=table_top_m))
+            box = Box(*rig.workspace_m) if rig.workspace_m else None
+            limiter = Limiter(embodiment, Workspace(embodiment, table_top_m=table_top_m, box=box))
             self._max_age_s: float = self.value("max_feedback_age_s")
             loop = ControlLoop(
-                embodiment, drivers, limiter, self._on_tick, max_feedback_age_s=self._max_age_s
+                embodiment,
+                drivers,
+                limiter,
+                self._on_tick,
+                max_feedback_age_s=self._max_age_s,
+                stop_silent_after_s=self.value("stop_silent_after_s"),
+                max_setpoint_age_s=self.value("max_setpoint_age_s"),
             )
             self._loop = loop
             self._names = embodiment.names()

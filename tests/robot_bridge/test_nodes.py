@@ -53,7 +53,11 @@ class Robot:
         ]
         self.log = folder / "arms.log"
         stream = resources.enter_context(self.log.open("wb"))
-        parameters = {"rig": folder / "rig.yaml", "max_feedback_age_s": MAX_FEEDBACK_AGE_S}
+        parameters = {
+            "rig": folder / "rig.yaml",
+            "max_feedback_age_s": MAX_FEEDBACK_AGE_S,
+            "stop_silent_after_s": 30.0,
+        }
         given = [word for name, value in parameters.items() for word in ("-p", f"{name}:={value}")]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "robot_bridge.nodes.arms", "--ros-args", *given],
