@@ -50,6 +50,10 @@ a driver or a node by hand. Prints one line that starts with "ready". Ctrl-C end
 examples:
   simplevla twin
   simplevla twin --rig twin_single --seed 3
+  simplevla twin --metal metal.yaml --frame-rates vendor
+  simplevla twin fault can_silence left --seconds 0.5     something goes wrong on a twin that runs
+  simplevla twin fault clear
+  simplevla twin fit runs/five/trial_000 --out metal.yaml
 """
 _ESTOP_EPILOG = """\
 Waits for a key, and stops all arms at each but q: their own damped stop, motors on, latched. It asks the
@@ -192,18 +196,121 @@ def _configure_twin(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="how the metal differs from the embodiment, YAML: camera_in_world, joint_zeros_rad, "
-        "command_delays_s, stamp_offsets_s, deliveries_s, plate (default: not at all)",
+        "command_delays_s, feedback_delays_s, jitters_s, noises_rad, responses, stamp_offsets_s, "
+        "deliveries_s, plate (default: not at all)",
+    )
+    parser.add_argument(
+        "--frame-rates",
+        choices=["light", "vendor"],
+        default="light",
+        help="how often the arms speak: as the metal, 3040 frames a second each, or what is needed of it "
+        "(default: light)",
+    )
+    actions = parser.add_subparsers(dest="action", metavar="ACTION")
+    _configure_fault(actions.add_parser("fault", help="let something go wrong on a twin that runs"))
+    fit = actions.add_parser("fit", help="find from a recorded trial how an arm's joints follow")
+    fit.epilog = "Writes what simplevla twin --metal takes: dead time, frequency and damping of each joint."
+    fit.add_argument("log", type=Path, metavar="LOG", help="folder of a trial's recording, or its MCAP")
+    fit.add_argument("--rig", default=argparse.SUPPRESS, help="whose trial it is (default: twin)")
+    fit.add_argument(
+        "--out", type=Path, default=Path("metal.yaml"), help="file to write (default: metal.yaml)"
+    )
+
+
+def _configure_fault(parser: argparse.ArgumentParser) -> None:
+    from robot_bridge.twin.faults import AMOUNTS, EXPLAINED
+
+    width = max(len(kind.value) for kind in EXPLAINED)
+    lines = [
+        f"  {kind.value:{width}}  {text}{' (an amount)' if kind in AMOUNTS else ''}"
+        for kind, text in EXPLAINED.items()
+    ]
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "kinds:\n" + "\n".join(lines) + "\n  clear: end every fault;  list: what is wrong now"
+    parser.add_argument("kind", metavar="KIND", help="what goes wrong, see below; or: clear, list")
+    parser.add_argument("part", metavar="PART", nargs="?", default="", help="the arm or the camera")
+    parser.add_argument(
+        "--joint", type=whole_number(1, 6), default=0, metavar="N", help="which joint of the arm, from 1"
+    )
+    parser.add_argument("--amount", type=float, metavar="X", help="how much, for the kinds that have it")
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="how long (default: until it is cleared)"
+    )
+    parser.add_argument("--rig", default=argparse.SUPPRESS, help="the twin's rig (default: twin)")
+    parser.add_argument(
+        "--server",
+        default="tcp://127.0.0.1:5555",
+        metavar="ADDRESS",
+        help="the policy server, for its faults (default: tcp://127.0.0.1:5555)",
     )
 
 
 def _twin(args: argparse.Namespace) -> int:
+    if args.action == "fault":
+        return _fault(args)
+    if args.action == "fit":
+        return _fit(args)
     from robot_bridge.rig import load_rig
     from robot_bridge.twin import process
     from robot_bridge.twin.metal import Metal
+    from robot_bridge.twin.piper_emulator import VENDOR_RATES
     from simplevla.config import load_yaml
 
     metal = load_yaml(args.metal, Metal) if args.metal else None
-    return process.run(load_rig(args.rig), task=args.task, seed=args.seed, metal=metal)
+    rates = VENDOR_RATES if args.frame_rates == "vendor" else None
+    return process.run(load_rig(args.rig), task=args.task, seed=args.seed, metal=metal, rates=rates)
+
+
+def _fault(args: argparse.Namespace) -> int:
+    from robot_bridge.rig import load_rig
+    from robot_bridge.twin.control import TwinControl
+    from robot_bridge.twin.faults import SERVER_KINDS, Fault, FaultKind
+    from robot_bridge.twin.server_faults import harm_server
+    from simplevla.errors import ConfigError
+
+    rig = load_rig(args.rig)
+    if rig.twin is None:
+        raise ConfigError(f"rig {rig.name!r} is not a twin's", "faults are injected on the twin alone")
+    with TwinControl(rig.twin.control) as control:
+        if args.kind in ("clear", "list"):
+            found = control.clear_faults() if args.kind == "clear" else control.faults()
+        else:
+            known = [kind.value for kind in FaultKind]
+            if args.kind not in known:
+                raise ConfigError(f"unknown fault {args.kind!r}", f"choose one of: {', '.join(known)}")
+            kind = FaultKind(args.kind)
+            fault = Fault(
+                kind=kind, part=args.part, joint=args.joint, amount=args.amount, seconds=args.seconds
+            )
+            fault.check(rig.load_embodiment())
+            if kind in SERVER_KINDS:
+                harm_server(fault, args.server)
+                print(f"done: {fault}")
+                return 0
+            found = control.inject(fault)
+    print("; ".join(str(fault) for fault in found.faults) or "nothing is wrong")
+    return 0
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from robot_bridge.rig import load_rig
+    from robot_bridge.twin.fit import as_metal, fit_recording, save_metal
+
+    found = fit_recording(args.log, load_rig(args.rig).load_embodiment())
+    for name, fit in found.items():
+        print(
+            f"{name}: dead time {fit.delay_s * 1e3:.1f} ms; {fit.residual_rad * 1e3:.2f} mrad left of "
+            f"a lag of {fit.travel_rad * 1e3:.2f} mrad (RMS)"
+        )
+        for i in range(len(fit.moved)):
+            note = "" if fit.moved[i] else "  (did not move: as the others)"
+            print(
+                f"  joint {i + 1}: {fit.frequencies_rad_s[i]:.1f} rad/s, "
+                f"damping {fit.dampings[i]:.2f}{note}"
+            )
+    save_metal(as_metal(found), args.out, f"Found by: simplevla twin fit {args.log.name}")
+    print(f"written: {args.out}")
+    return 0
 
 
 def _configure_estop(parser: argparse.ArgumentParser) -> None:

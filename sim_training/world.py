@@ -341,6 +341,16 @@ class World:
         """Return one picture from anywhere, with a nicer shader than the robot's cameras have."""
         return room.view(self._scene, position_m, look_at_m, width=width, height=height, fov_deg=fov_deg)
 
+    def set_joint_response(
+        self, arm: str, frequencies_rad_s: Sequence[float], dampings: Sequence[float]
+    ) -> None:
+        """Let the joints of ``arm`` follow their targets so in the present scene.
+
+        Each is a second-order system, x'' = f^2 (target - x) - 2 d f x', with the frequencies f (n,) and
+        the dampings d (n,); critical damping is 1.
+        """
+        next(each for each in self._arms if each.name == arm).respond(frequencies_rad_s, dampings)
+
     def _rows(self, targets: Array) -> list[list[float]]:
         """Return (T, D) targets as what the drives take, each gripper's opening as two halves."""
         parts = []
@@ -413,18 +423,23 @@ class _SimulatedArm:
                 f"arm {arm.name}: {arm.urdf} lacks {', '.join(missing) or 'two fingers on sliding joints'}",
                 "name the joints as the URDF does",
             )
+        self._joints = joints
         self._revolute = [order[joint.name] for joint in arm.joints]
         self._sliding = sliding
         self.fingers: tuple[str, str] = tuple(joints[i].child_link.entity.name for i in sliding)  # type: ignore[assignment]
-        for i in self._revolute:
-            frequency = _JOINT_FREQUENCY_RAD_S * np.sqrt(variation.drive_gain)
-            joints[i].set_drive_properties(frequency**2, 2 * frequency, mode="acceleration")
+        frequency = _JOINT_FREQUENCY_RAD_S * float(np.sqrt(variation.drive_gain))
+        self.respond([frequency] * len(self._revolute), [1.0] * len(self._revolute))
         for i in sliding:
             joints[i].set_drive_properties(
                 _FINGER_STIFFNESS_N_M, _FINGER_DAMPING_NS_M, _FINGER_FORCE_N, mode="force"
             )
         self.drives = [joints[i].set_drive_target for i in (*self._revolute, *sliding)]
         self._tool = articulation.find_link_by_name(arm.tool_link)
+
+    def respond(self, frequencies_rad_s: Sequence[float], dampings: Sequence[float]) -> None:
+        for i, frequency, damping in zip(self._revolute, frequencies_rad_s, dampings, strict=True):
+            stiffness, friction = frequency**2, 2 * damping * frequency
+            self._joints[i].set_drive_properties(stiffness, friction, mode="acceleration")
 
     def place(self, values: Array) -> None:
         joints = np.zeros(len(self.drives))

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from robot_bridge.twin.can_bus import CanHub
+from robot_bridge.twin.arm_on_bus import BUS_TICK_S, ArmOnBus
+from robot_bridge.twin.can_bus import CanFrame, CanHub
+from robot_bridge.twin.faults import Fault, FaultKind
 from robot_bridge.twin.piper_emulator import FeedbackRates, PiperEmulator
 from simplevla.embodiment import Arm
-
-_TICK_S = 0.005
 
 
 class BenchArm:
@@ -27,17 +28,33 @@ class BenchArm:
         arm: the arm; it starts at its home pose, motors off.
         channel: ``127.0.0.1:<port>`` of its bus.
         rates: how often it gives feedback.
+        firmware: what it answers to a firmware query.
+        gripper_range_m: the stroke that it says its gripper has; the arm's by default.
 
     Attributes:
         emulator: the arm's logic, for looking at.
+        bus: the arm's end of the bus.
         silent: while set, the arm hears and says nothing, as if its cable were pulled.
     """
 
-    def __init__(self, arm: Arm, channel: str, rates: FeedbackRates | None = None) -> None:
+    def __init__(
+        self,
+        arm: Arm,
+        channel: str,
+        rates: FeedbackRates | None = None,
+        *,
+        firmware: str = "S-V1.8-2",
+        gripper_range_m: float | None = None,
+        seed: int = 0,
+    ) -> None:
         self._position = np.array([*arm.home_rad, arm.home_gripper_m])
-        self.emulator = PiperEmulator(arm, self._position, rates=rates)
+        self.emulator = PiperEmulator(
+            arm, self._position, rates=rates, firmware=firmware, gripper_range_m=gripper_range_m
+        )
         self.silent = threading.Event()
         self._hub = CanHub(channel)
+        self.bus = ArmOnBus(self._hub, self.emulator, seed=seed)
+        self._lock = threading.Lock()
         self._closing = threading.Event()
         self._resources = ExitStack()
 
@@ -59,17 +76,38 @@ class BenchArm:
         """(7,) where the arm is; rad and m."""
         return self._position.copy()
 
+    def inject(self, fault: Fault) -> None:
+        """Let ``fault`` begin."""
+        with self._lock:
+            self.bus.inject(fault)
+
+    def clear(self) -> None:
+        """End every fault."""
+        with self._lock:
+            self.bus.clear()
+
+    def guide(self, position: NDArray[np.float64]) -> None:
+        """Move the arm by hand to ``position`` (7,), as its teach button lets one."""
+        self._position = position.copy()
+
+    def watch(self, watcher: Callable[[CanFrame], None] | None) -> None:
+        """Let ``watcher`` see every frame that is sent to the arm."""
+        self.bus.watch = watcher
+
     def _run(self) -> None:
         velocity = np.zeros_like(self._position)
+        silence = Fault(kind=FaultKind.CAN_SILENCE, part=self.emulator.arm.name)
+        was_silent = False
         tick_s = time.monotonic()
         while not self._closing.is_set():
-            for frame in self._hub.receive():
-                if not self.silent.is_set():
-                    self._hub.send(self.emulator.receive(frame))
-            reached = self.emulator.advance(_TICK_S, self._position, velocity)
-            velocity = (reached - self._position) / _TICK_S
-            self._position = reached
-            if not self.silent.is_set():
-                self._hub.send(self.emulator.feedback(tick_s))
-            tick_s = max(tick_s + _TICK_S, time.monotonic() - _TICK_S)
+            with self._lock:
+                if self.silent.is_set() != was_silent:
+                    was_silent = not was_silent
+                    self.bus.inject(silence) if was_silent else self.bus.clear()
+                at = self._position
+                reached = self.bus.turn(tick_s, at, velocity)
+            velocity = (reached - at) / BUS_TICK_S
+            if self._position is at:  # not guided meanwhile
+                self._position = reached
+            tick_s = max(tick_s + BUS_TICK_S, time.monotonic() - BUS_TICK_S)
             time.sleep(max(0.0, tick_s - time.monotonic()))

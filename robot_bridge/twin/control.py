@@ -1,4 +1,4 @@
-"""The twin's control endpoint: reset the scene, ask how the task stands, shut the twin down.
+"""The twin's control endpoint: reset the scene, ask how the task stands, make things go wrong, end it.
 
 One request, one answer, as JSON over ZMQ on loopback. It stands where a person stands on a robot:
 nothing that moves an arm goes this way.
@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
+from robot_bridge.twin.faults import Fault
 from robot_bridge.twin.metal import Metal
 from simplevla.embodiment import Pose
 from simplevla.errors import MissingExtraError, UnavailableError
@@ -54,6 +55,20 @@ class Alter(Message, frozen=True, tag="alter"):
 
 class GetTruth(Message, frozen=True, tag="get_truth"):
     """Ask what the metal is really like. Answer: TwinTruth."""
+
+
+class Inject(Message, frozen=True, tag="inject"):
+    """Let a fault begin; one of the same kind and part ends. Answer: TwinFaults."""
+
+    fault: Fault
+
+
+class ClearFaults(Message, frozen=True, tag="clear_faults"):
+    """End every fault. Answer: TwinFaults."""
+
+
+class GetFaults(Message, frozen=True, tag="get_faults"):
+    """Ask what is wrong now. Answer: TwinFaults."""
 
 
 class Shutdown(Message, frozen=True, tag="shutdown"):
@@ -103,6 +118,12 @@ class TwinTruth(Message, frozen=True, tag="truth"):
     delays_s: dict[str, float]
 
 
+class TwinFaults(Message, frozen=True, tag="faults"):
+    """What is wrong now."""
+
+    faults: tuple[Fault, ...]
+
+
 class Refused(Message, frozen=True, tag="refused"):
     """The request was not followed, and why."""
 
@@ -111,10 +132,10 @@ class Refused(Message, frozen=True, tag="refused"):
 
 
 Answer = TypeVar("Answer", bound=Message)
-Request = Reset | GetStatus | Alter | GetTruth | Shutdown
+Request = Reset | GetStatus | Alter | GetTruth | Inject | ClearFaults | GetFaults | Shutdown
 
 _REQUESTS = msgspec.json.Decoder(Request)
-_ANSWERS = msgspec.json.Decoder(TwinStatus | TwinTruth | Refused)
+_ANSWERS = msgspec.json.Decoder(TwinStatus | TwinTruth | TwinFaults | Refused)
 _encode = msgspec.json.encode
 
 
@@ -187,6 +208,30 @@ class TwinControl:
             UnavailableError: nobody answers in time.
         """
         return self._ask(GetTruth(), TwinTruth, self._timeout_s)
+
+    def inject(self, fault: Fault) -> TwinFaults:
+        """Let ``fault`` begin; see :class:`Inject`.
+
+        Raises:
+            UnavailableError: nobody answers in time, or the twin refuses; the message says why.
+        """
+        return self._ask(Inject(fault=fault), TwinFaults, self._timeout_s)
+
+    def clear_faults(self) -> TwinFaults:
+        """End every fault.
+
+        Raises:
+            UnavailableError: nobody answers in time.
+        """
+        return self._ask(ClearFaults(), TwinFaults, self._timeout_s)
+
+    def faults(self) -> TwinFaults:
+        """Return what is wrong now.
+
+        Raises:
+            UnavailableError: nobody answers in time.
+        """
+        return self._ask(GetFaults(), TwinFaults, self._timeout_s)
 
     def shutdown(self) -> TwinStatus:
         """End the twin process.

@@ -11,6 +11,10 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
+
 from robot_bridge.twin.can_bus import CanFrame
 
 JOINTS = 6
@@ -130,6 +134,16 @@ def status_frame(
 def joint_frames(counts: Sequence[int]) -> list[CanFrame]:
     """0x2A5 to 0x2A7 from six angles, 0.001 deg."""
     return [CanFrame(0x2A5 + i, _I32_PAIR.pack(*counts[2 * i : 2 * i + 2])) for i in range(3)]
+
+
+def end_pose_frames(pose: NDArray[np.float64]) -> list[CanFrame]:
+    """0x2A2 to 0x2A4 from the (4, 4) pose of the flange in the base; 0.001 mm and 0.001 deg."""
+    x, y, z = (round(float(value) * 1e6) for value in pose[:3, 3])
+    angles = Rotation.from_matrix(pose[:3, :3]).as_euler("xyz", degrees=True)
+    rx, ry, rz = (round(float(value) * 1e3) for value in angles)
+    return [
+        CanFrame(0x2A2 + i, _I32_PAIR.pack(*pair)) for i, pair in enumerate(((x, y), (z, rx), (ry, rz)))
+    ]
 
 
 def gripper_frame(opening: int, effort: int, *, enabled: bool, homed: bool = True) -> CanFrame:

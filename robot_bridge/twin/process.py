@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -28,26 +28,31 @@ from numpy.typing import NDArray
 from robot_bridge.order import wait_for_others
 from robot_bridge.priority import ask_for_priority
 from robot_bridge.rig import Rig
-from robot_bridge.twin.can_bus import CanFrame, CanHub
+from robot_bridge.twin.arm_on_bus import BUS_TICK_S, ArmOnBus
+from robot_bridge.twin.camera import EmulatedCamera
+from robot_bridge.twin.can_bus import CanHub
 from robot_bridge.twin.control import (
     MAX_MESSAGE_BYTES,
     Alter,
+    ClearFaults,
+    GetFaults,
     GetStatus,
     GetTruth,
+    Inject,
     Message,
     Refused,
     Reset,
     Shutdown,
+    TwinFaults,
     TwinStatus,
     TwinTruth,
     decode_request,
 )
-from robot_bridge.twin.frames import FrameWriter, slot_name
+from robot_bridge.twin.faults import CAMERA_KINDS, SERVER_KINDS, Fault
 from robot_bridge.twin.metal import Metal
 from robot_bridge.twin.piper_emulator import FeedbackRates, PiperEmulator
 from robot_bridge.twin.stage import load_scene, show, show_cameras
 from sim_training.world import PHYSICS_DT_S, World
-from simplevla.embodiment import Camera
 from simplevla.errors import ConfigError, MissingExtraError, SimplevlaError, UnavailableError
 from simplevla.motion import FOLLOWING_DELAY_S
 from simplevla.session_record import to_pose
@@ -55,13 +60,10 @@ from simplevla.trial import FailureCode, Strategy
 
 logger = logging.getLogger(__name__)
 
-_BUS_TICK_S = 0.005
 _MAX_BEHIND_S = 0.1  # further behind than this, time is lost instead of made up for
 _MAX_BATCH = 5  # physics steps between two looks at the clock and the judge
 _MAX_LAG_S = 0.008
-_DRAW_S, _MIN_DRAW_S, _MAX_DRAW_S = 0.03, 0.01, 0.06
 _SWITCH_S = 0.001
-_DELIVERIES_KEPT = 30
 
 
 def run(
@@ -70,6 +72,7 @@ def run(
     task: str | None = None,
     seed: int = 0,
     metal: Metal | None = None,
+    rates: FeedbackRates | None = None,
     announce: Callable[[str], None] = print,
 ) -> int:
     """Run the twin of ``rig`` until SIGINT, SIGTERM or a shutdown request; return the exit status.
@@ -79,6 +82,7 @@ def run(
         task: the scene at the start; the rig's by default.
         seed: of the first scene.
         metal: how its metal differs from the embodiment at the start.
+        rates: how often the arms give feedback.
         announce: is told one line, ``ready ...``, when arms, cameras and control are served.
 
     Raises:
@@ -88,7 +92,7 @@ def run(
     """
     ask_for_priority()
     closing = threading.Event()
-    with _signals_set(closing), Twin(rig, task=task, seed=seed, metal=metal) as twin:
+    with _signals_set(closing), Twin(rig, task=task, seed=seed, metal=metal, rates=rates) as twin:
         announce(twin.description)
         sys.stdout.flush()
         return twin.serve(closing)
@@ -145,8 +149,8 @@ class Twin:
         self._seed = seed
         self._rates = rates
         self._resources = ExitStack()
-        self._cameras: list[_EmulatedCamera] = []
-        self._arms: list[_EmulatedArm] = []
+        self._cameras: list[EmulatedCamera] = []
+        self._arms: list[tuple[ArmOnBus, slice]] = []
         self._arms_lock = threading.Lock()
         self._bus_error: BaseException | None = None
         self._pace = _Pace(time.monotonic())
@@ -204,9 +208,12 @@ class Twin:
             ) from error
         home = self._embodiment.home()
         self._arms = [
-            _EmulatedArm(
-                keep(CanHub(self._rig.arms[arm.name].channel)),
-                PiperEmulator(arm, home[part], rates=self._rates),
+            (
+                ArmOnBus(
+                    keep(CanHub(self._rig.arms[arm.name].channel)),
+                    PiperEmulator(arm, home[part], rates=self._rates),
+                    seed=self._seed + part.start,
+                ),
                 part,
             )
             for arm, part in self._embodiment.slices()
@@ -216,12 +223,7 @@ class Twin:
         self._reset(Reset(seed=self._seed, arms_home=True))
         prefix = self._settings.shared_memory
         self._cameras = [
-            _EmulatedCamera(
-                camera,
-                keep(FrameWriter(slot_name(prefix, camera.name), camera.height, camera.width)),
-                self._world,
-            )
-            for camera in self._embodiment.cameras
+            keep(EmulatedCamera(camera, prefix, self._world)) for camera in self._embodiment.cameras
         ]
         self._become(self._metal)
         for camera in self._embodiment.cameras:
@@ -262,11 +264,12 @@ class Twin:
         home = self._embodiment.home()
         self._world.reset(request.seed, home if request.arms_home else self._board.positions())
         show(self._world, self._metal)
+        self._respond(self._metal)
         with self._arms_lock:
             self._board.measured(self._world.positions(), self._world.velocities(), time.monotonic())
             if request.arms_home:
-                for arm in self._arms:
-                    arm.emulator.place(home[arm.part])
+                for arm, part in self._arms:
+                    arm.emulator.place(home[part])
                 self._board.set_targets(home)
         self._seed = request.seed
         self._success_time_s = None
@@ -285,8 +288,15 @@ class Twin:
                 self._reset(request)
             if isinstance(request, Alter):
                 self._alter(request.metal)
-            wants_truth = isinstance(request, Alter | GetTruth)
-            answer = self._truth() if wants_truth else self._status()
+            if isinstance(request, Inject):
+                self._inject(request.fault)
+            if isinstance(request, ClearFaults):
+                self._clear_faults()
+            if isinstance(request, Inject | ClearFaults | GetFaults):
+                answer = TwinFaults(faults=tuple(self._faults()))
+            else:
+                wants_truth = isinstance(request, Alter | GetTruth)
+                answer = self._truth() if wants_truth else self._status()
         except msgspec.DecodeError as error:
             request, answer = GetStatus(), Refused(message=f"not a request: {error}")
         except SimplevlaError as error:
@@ -312,23 +322,62 @@ class Twin:
 
     def _become(self, metal: Metal) -> None:
         with self._arms_lock:
-            for arm in self._arms:
+            for arm, _ in self._arms:
                 arm.emulator.zeros = metal.zeros(arm.name)
                 arm.delay_s = metal.command_delays_s.get(arm.name, 0.0)
+                arm.feedback_delay_s = metal.feedback_delays_s.get(arm.name, 0.0)
+                arm.jitter_s = metal.jitters_s.get(arm.name, 0.0)
+                arm.noise_rad = metal.noises_rad.get(arm.name, 0.0)
         for camera in self._cameras:
             camera.stamp_offset_ns = round(metal.stamp_offsets_s.get(camera.name, 0.0) * 1e9)
             camera.delivery_s = metal.deliveries_s.get(camera.name, 0.0)
+        self._respond(metal)
+
+    def _respond(self, metal: Metal) -> None:
+        """Let the joints of the present scene follow their set points as ``metal`` says."""
+        for name, response in metal.responses.items():
+            self._world.set_joint_response(name, response.frequencies_rad_s, response.dampings)
+
+    def _inject(self, fault: Fault) -> None:
+        fault.check(self._embodiment)
+        if fault.kind in SERVER_KINDS:
+            raise ConfigError(
+                f"the twin has no part in {fault.kind.value}",
+                "it is done where the server runs: simplevla twin fault",
+            )
+        logger.warning("fault: %s", fault)
+        if fault.kind in CAMERA_KINDS:
+            for camera in self._cameras:
+                if camera.name == fault.part:
+                    camera.inject(fault)
+            return
+        with self._arms_lock:
+            for arm, _ in self._arms:
+                if arm.name == fault.part:
+                    arm.inject(fault)
+
+    def _clear_faults(self) -> None:
+        logger.warning("every fault is cleared")
+        for camera in self._cameras:
+            camera.clear()
+        with self._arms_lock:
+            for arm, _ in self._arms:
+                arm.clear()
+
+    def _faults(self) -> list[Fault]:
+        parts: Sequence[ArmOnBus | EmulatedCamera] = [*(arm for arm, _ in self._arms), *self._cameras]
+        return [fault for part in parts for fault in part.faults]
 
     def _truth(self) -> TwinTruth:
         # On average a frame waits half a turn of the bus and half a physics step before it counts.
-        waiting_s = (_BUS_TICK_S + PHYSICS_DT_S) / 2
+        waiting_s = (BUS_TICK_S + PHYSICS_DT_S) / 2
         following_s = FOLLOWING_DELAY_S / max(self._pace.recent_factor(time.monotonic()), 0.01)
-        delays_s = {f"{arm.name}_command": arm.delay_s + waiting_s + following_s for arm in self._arms}
+        delays_s = {f"{arm.name}_command": arm.delay_s + waiting_s + following_s for arm, _ in self._arms}
         for camera in self._cameras:
             delays_s[f"{camera.name}_stamp"] = camera.stamp_offset_ns / 1e9
             delays_s[f"{camera.name}_delivery"] = camera.measured_delivery_s()
         placed = self._metal.camera_in_world
-        zeros = {arm.name: tuple(self._metal.zeros(arm.name)[:-1].tolist()) for arm in self._arms}
+        zeros = {arm.name: tuple(self._metal.zeros(arm.name)[:-1].tolist()) for arm, _ in self._arms}
         return TwinTruth(
             camera_in_world={
                 camera.name: placed.get(camera.name, to_pose(camera.pose_in_world()))
@@ -361,8 +410,8 @@ class Twin:
             while not closing.is_set():
                 with self._arms_lock:
                     self._serve_buses_once(tick_s)
-                due_s = tick_s + _BUS_TICK_S
-                tick_s = max(due_s, time.monotonic() - _BUS_TICK_S)
+                due_s = tick_s + BUS_TICK_S
+                tick_s = max(due_s, time.monotonic() - BUS_TICK_S)
                 time.sleep(max(0.0, tick_s - time.monotonic()))
         except BaseException as error:
             logger.exception("the arms' buses failed")
@@ -373,33 +422,9 @@ class Twin:
         positions, velocities, seen_s = self._board.joints()
         lag_s = float(np.clip(time.monotonic() - seen_s, 0.0, _MAX_LAG_S))
         targets = self._board.targets()
-        for arm in self._arms:
-            for frame in arm.arrived(time.monotonic()):
-                arm.hub.send(arm.emulator.receive(frame))
-            targets[arm.part] = arm.emulator.advance(_BUS_TICK_S, positions[arm.part], velocities[arm.part])
-            arm.hub.send(arm.emulator.feedback(tick_s, lag_s))
+        for arm, part in self._arms:
+            targets[part] = arm.turn(tick_s, positions[part], velocities[part], lag_s)
         self._board.set_targets(targets)
-
-
-@dataclass
-class _EmulatedArm:
-    """An arm at its bus; a frame reaches it ``delay_s`` after it was heard."""
-
-    hub: CanHub
-    emulator: PiperEmulator
-    part: slice
-    delay_s: float = 0.0
-    _waiting: deque[tuple[float, CanFrame]] = field(default_factory=deque)
-
-    @property
-    def name(self) -> str:
-        return self.emulator.arm.name
-
-    def arrived(self, now_s: float) -> Iterator[CanFrame]:
-        """Yield the frames that reach the arm by ``now_s`` of the monotonic clock."""
-        self._waiting.extend((now_s + self.delay_s, frame) for frame in self.hub.receive())
-        while self._waiting and self._waiting[0][0] <= now_s:
-            yield self._waiting.popleft()[1]
 
 
 class _Board:
@@ -425,56 +450,6 @@ class _Board:
 
     def set_targets(self, targets: NDArray[np.float64]) -> None:
         self._targets = targets
-
-
-class _EmulatedCamera:
-    """Takes a picture at the camera's rate: exposes, lets it be drawn, then publishes it.
-
-    The driver draws beside the caller, but handing a picture out waits for it and keeps the other
-    thread from running. So a picture is fetched when it should be done, and how long that takes is
-    learned: a little longer after a wait, a little shorter after none. A real camera's pictures are
-    30 to 50 ms old as well when they arrive.
-    """
-
-    def __init__(self, camera: Camera, slot: FrameWriter, world: World) -> None:
-        self.name = camera.name
-        self.stamp_offset_ns = 0
-        self.delivery_s = 0.0
-        self._deliveries: deque[float] = deque(maxlen=_DELIVERIES_KEPT)
-        self._period_s = 1 / camera.rate_hz
-        self._slot = slot
-        self._world = world
-        self._next_s = time.monotonic()
-        self._draw_s = _DRAW_S
-        self._exposed: tuple[float, int] | None = None
-
-    def attend(self, now_s: float) -> None:
-        """Do what is due."""
-        if self._exposed is not None:
-            exposed_s, capture_ns = self._exposed
-            if now_s >= exposed_s + max(self._draw_s, self.delivery_s):
-                self._publish(capture_ns)
-                self._deliveries.append(time.monotonic() - exposed_s)
-        elif now_s >= self._next_s:
-            self._next_s = max(self._next_s + self._period_s, now_s)
-            self._exposed = (now_s, time.time_ns())
-            self._world.expose(self.name)
-
-    def measured_delivery_s(self) -> float:
-        """Return how long the last pictures took from exposure to the slot, s; the median."""
-        return float(np.median(self._deliveries)) if self._deliveries else self.delivery_s
-
-    def finish(self) -> None:
-        """Let a picture that is being drawn be done; the scene it shows is about to go."""
-        if self._exposed is not None:
-            self._publish(self._exposed[1])
-
-    def _publish(self, capture_ns: int) -> None:
-        began_s = time.monotonic()
-        self._slot.write(self._world.develop(self.name), capture_ns + self.stamp_offset_ns)
-        waited = time.monotonic() - began_s > 0.008  # converting it takes some milliseconds anyway
-        self._draw_s = float(np.clip(self._draw_s + (2e-3 if waited else -1e-3), _MIN_DRAW_S, _MAX_DRAW_S))
-        self._exposed = None
 
 
 @dataclass

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from piper_sdk.kinematics.piper_fk import C_PiperForwardKinematics
 from piper_sdk.piper_msgs.msg_v2 import (
     ArmMsgGripperCtrl,
     ArmMsgJointCtrl,
@@ -22,7 +23,7 @@ from piper_sdk.protocol.protocol_v2 import C_PiperParserV2
 
 from robot_bridge.twin import piper_frames as frames
 from robot_bridge.twin.can_bus import CanFrame
-from robot_bridge.twin.piper_emulator import FeedbackRates, PiperEmulator
+from robot_bridge.twin.piper_emulator import VENDOR_RATES, FeedbackRates, PiperEmulator
 from simplevla.embodiment import load_embodiment
 
 ARM = load_embodiment("piper_dual").arms[0]
@@ -329,6 +330,20 @@ def test_feedback_comes_at_its_rates() -> None:
         (0x266, 80),
     ):
         assert abs(counts[identifier] - expected) <= 1
+
+
+def test_at_the_vendors_rates_an_arm_says_what_the_metal_says() -> None:
+    emulator = PiperEmulator(ARM, HOME, rates=VENDOR_RATES)
+    count = sum(len(emulator.feedback(100 + tick * TICK_S)) for tick in range(200))
+    assert count == pytest.approx(3040, abs=30)
+    pose: dict[str, int] = {}
+    for frame in emulator.feedback(500.0):
+        if 0x2A2 <= frame.id <= 0x2A4:
+            end = decoded(frame).arm_end_pose
+            pose |= {name: value for name, value in vars(end).items() if value}
+    flange = C_PiperForwardKinematics(0x01).CalFK(HOME[:6].tolist())[-1]  # mm, deg
+    said = [pose[name] * 1e-3 for name in ("X_axis", "Y_axis", "Z_axis") if name in pose]
+    np.testing.assert_allclose(said, [v for v in flange[:3] if abs(v) > 1e-3], atol=0.5)
 
 
 def test_no_burst_follows_a_pause() -> None:

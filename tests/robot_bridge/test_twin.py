@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from robot_bridge.rig import Rig, load_rig, save_rig, with_free_ports
 from robot_bridge.twin.control import GetStatus, Reset, Shutdown, TwinControl, decode_request
 from robot_bridge.twin.process import Twin, _Pace
 from sim_training.world import PHYSICS_DT_S
+from simplevla.cli import main
 from simplevla.errors import ConfigError, UnavailableError
 
 pytestmark = pytest.mark.realtime
@@ -77,11 +78,13 @@ def test_a_command_moves_the_arm_on_the_bus_and_in_the_picture(rig: Rig, control
         goal[0:2] += [-0.8, 0.4]
         limiter = Limiter(embodiment)
         limiter.reset(embodiment.home())
-        began_s = time.monotonic()
+        began_s = last_s = time.monotonic()
         while time.monotonic() - began_s < 2.5:
             measured = np.concatenate([arm.state().position, other.state().position])
-            arm.send(limiter.admit(goal, measured, 0.005), part)
             time.sleep(0.005)
+            now_s = time.monotonic()
+            arm.send(limiter.admit(goal, measured, now_s - last_s), part)
+            last_s = now_s
         after = camera.wait_newer(time.time_ns(), 3.0)
         assert 0 <= time.time_ns() - after.capture_ns < 1e9
         np.testing.assert_allclose(arm.state().position[:6], goal[:6], atol=0.03)
@@ -122,6 +125,75 @@ def test_time_passes_and_its_pace_is_told(control: TwinControl) -> None:
     assert 0.1 < status.time_s < 3.0
     assert 0.05 < status.real_time_factor <= 1.0
     assert 0.05 < status.real_time_factor_since_reset <= 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("control")
+def test_what_goes_wrong_is_asked_for_by_command(
+    rig: Rig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_rig(rig, tmp_path / "rig.yaml")
+    where = ["--rig", str(tmp_path / "rig.yaml")]
+    embodiment = rig.load_embodiment()
+    with camera_driver(rig, embodiment.cameras[0]) as camera, arm_driver(rig, embodiment.arms[0]) as arm:
+
+        def told(*words: str, status: int = 0) -> str:
+            assert main(["twin", "fault", *words, *where]) == status
+            out = capsys.readouterr()
+            return out.err if status else out.out
+
+        assert told("can_silence", "left", "--seconds", "0.6") == "can_silence left\n"
+        assert wait_for(lambda: arm.state().age_s > 0.3)
+        assert wait_for(lambda: arm.state().age_s < 0.2)
+        assert told("camera_freeze", "head") == "camera_freeze head\n"
+        assert wait_for(lambda: not camera.health().streaming)
+        assert told("list") == "camera_freeze head\n"
+        assert told("clear") == "nothing is wrong\n"
+        assert wait_for(lambda: camera.health().streaming)
+        assert "name one of: left, right" in told("stuck_joint", "middle", "--joint", "1", status=2)
+        assert "one joint, 1 to 6" in told("stuck_joint", "left", status=2)
+        assert "an amount from 0 to 1" in told("can_drop", "left", "--amount", "7", status=2)
+        assert "unknown fault 'rain'" in told("rain", "left", status=2)
+        assert "nobody listens" in told("server_kill", "--server", "tcp://127.0.0.1:1", status=2)
+
+
+@pytest.mark.slow
+def test_faults_come_by_service_too(rig: Rig, control: TwinControl, tmp_path: Path) -> None:
+    rclpy = pytest.importorskip("rclpy", reason="no ROS 2 and no ROS wheels here")
+    from robot_bridge.nodes.faults import FaultsNode
+
+    save_rig(rig, tmp_path / "rig.yaml")
+    context = rclpy.Context()
+    said = {
+        "rig": tmp_path / "rig.yaml",
+        "kind": "stuck_joint",
+        "part": "right",
+        "joint": 2,
+        "seconds": 30.0,
+    }
+    given = [word for name, value in said.items() for word in ("-p", f"{name}:={value}")]
+    rclpy.init(args=["--ros-args", *given], context=context)
+    try:
+        node = FaultsNode(context=context)
+        with node.control:
+            assert node._inject() == "stuck_joint right joint 2"
+            assert [str(fault) for fault in control.faults().faults] == ["stuck_joint right joint 2"]
+            assert {name for name, _ in node.get_service_names_and_types_by_node("faults", "/")} >= {
+                "/faults/inject",
+                "/faults/clear",
+            }
+            node._clear()
+        assert control.faults().faults == ()
+        node.destroy_node()
+    finally:
+        rclpy.try_shutdown(context=context)
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
 
 
 @pytest.mark.slow
