@@ -68,6 +68,7 @@ class SetpointWatch:
         self._count = [_RAD] * len(joints) + [_M]
         self._part: list[int] = []
         self._expects = _JOINT_IDS[0]
+        self._stood: Sequence[float] | None = None
         self._last: list[int] | None = None
         self._last_tick = 0
         self._velocity: list[float] = []
@@ -93,6 +94,8 @@ class SetpointWatch:
         if len(data) != 8:
             self._blame(f"frame {frame.id:#x} has {len(data)} bytes")
             return
+        if frame.id == _JOINT_IDS[0] and self.pose is not None:
+            self._stood = self.pose()  # before it hears the rest
         first = int.from_bytes(data[:4], "big", signed=True)
         if frame.id == _GRIPPER_ID:
             effort = int.from_bytes(data[4:6], "big")
@@ -133,9 +136,9 @@ class SetpointWatch:
         return any(step > far for step, far in zip(steps, reach, strict=True))
 
     def _stands_at(self, counts: Sequence[int]) -> bool:
-        if self.pose is None:
+        if self._stood is None:
             return False
-        there = (value / one for value, one in zip(self.pose(), self._count, strict=True))
+        there = (value / one for value, one in zip(self._stood, self._count, strict=True))
         return all(abs(count - at) <= _THERE for count, at in zip(counts, there, strict=True))
 
     def _judge_motion(self, counts: Sequence[int], last: Sequence[int], ticks: int) -> None:
