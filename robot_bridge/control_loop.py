@@ -8,7 +8,7 @@ may call. What it does on a fault:
 no trajectory, or its end            the arms hold the last setpoint
 no fresh trajectory within a bound   brake and hold, however much of the last one is left (dead man's rule)
 joint feedback older than a bound    brake, hold, take nothing new; go on when it is back
-the same for 0.1 s                   as above, and forget what was to be played; an arm that heard nothing
+the same for 2.5 times as long       as above, and forget what was to be played; an arm that heard nothing
                                      meanwhile goes on from where it stands
 a joint that does not follow         is not pushed on; after half a second as for a fault
 the same for a second                the silent arm's own damped stop, repeated until it confirms; latched
@@ -49,9 +49,10 @@ _BRAKE_PATIENCE_S = 1.5
 _RESET_PATIENCE_S = 2.0
 _PERIODS_KEPT = 400
 _REPEAT_STOP = 20  # turns
-_FORGET_S = 0.1
-_FOLLOWS_RAD = 0.02  # nearer than this to its set point an arm has heard it
+_FORGET_AFTER = 2.5  # times the age at which the arms hold
+_FOLLOWS_RAD = 1e-4  # nearer than this to its set point an arm has heard it
 _BLOCKED_S = 0.5
+_STILL_RAD_S = 0.05
 _OFF = "motors are off: enable the arms"
 
 
@@ -117,7 +118,8 @@ class ControlLoop:
         on_tick: called in the loop's thread after each turn; must be quick.
         max_feedback_age_s: joint feedback older than this means that the arms hold. The default finds a
             lost bus within 50 ms.
-        stop_silent_after_s: an arm that is silent for this long, and for twice the age above, is stopped.
+        stop_silent_after_s: an arm that is silent for this long, and for four times the age above, is
+            stopped.
         max_setpoint_age_s: what :meth:`play` took is played for this long at most unless something fresher
             comes; None where whoever plays cannot die without this process.
     """
@@ -141,8 +143,8 @@ class ControlLoop:
         self._player = ChunkPlayer(np.zeros(embodiment.dimension), embodiment.position_limits())
         self._on_tick = on_tick
         self._max_age_s = max_feedback_age_s
-        self._forget_s = max(_FORGET_S, max_feedback_age_s)
-        self._stop_after_s = max(stop_silent_after_s, 2 * max_feedback_age_s)
+        self._forget_s = _FORGET_AFTER * max_feedback_age_s
+        self._stop_after_s = max(stop_silent_after_s, 4 * max_feedback_age_s)
         self._max_setpoint_age_s = np.inf if max_setpoint_age_s is None else max_setpoint_age_s
         self._fresh_until_s = np.inf
         self._happened: list[LimitEvent] = []  # since the last turn, beside what the limits changed
@@ -195,6 +197,7 @@ class ControlLoop:
                 start = self._limiter.reset(measured)
                 self._player.hold(start.positions)
                 self._mode, self._reason = Mode.ON, ""
+                self._forgot, self._blocked_s = False, 0.0
         except SimplevlaError as error:
             with self._lock:
                 self._mode = Mode.STOPPED if before is Mode.STOPPED else Mode.OFF
@@ -365,12 +368,14 @@ class ControlLoop:
         if silent and not self._reason:
             self._reason = f"no joint feedback from: {', '.join(silent)}"
             logger.error("%s: the arms hold", self._reason)
-        elif not silent and self._reason:
+        elif not silent and self._reason and (not self._forgot or self._settled(states)):
             logger.warning("joint feedback is back")
             self._reason = ""
             if self._forgot:
                 self._go_on_from_here(states)
-        self._forgot = max(ages) > self._forget_s
+            self._forgot = False
+        if max(ages) > self._forget_s:
+            self._forgot = True
         if self._forgot:
             self._player.hold(self._limiter.rest())
         if max(ages) > self._stop_after_s:
@@ -378,6 +383,11 @@ class ControlLoop:
             self._reason += ", which are stopped: see to their buses and power, then reset and enable them"
             self._happened.append(LimitEvent(Cause.STOP, ",".join(silent)))
             logger.error("%s", self._reason)
+
+    def _settled(self, states: Sequence[ArmState]) -> bool:
+        """Return whether setpoints and joints are at rest, grippers aside."""
+        speeds = [float(np.abs(state.velocity[:-1]).max()) for state in states]
+        return self._limiter.resting and max(speeds) < _STILL_RAD_S
 
     def _go_on_from_here(self, states: Sequence[ArmState]) -> None:
         """Set out anew from the measured pose if an arm has not followed meanwhile; the lock is held."""

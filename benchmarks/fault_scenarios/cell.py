@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import can
@@ -32,6 +32,7 @@ from robot_bridge.twin.setpoint_watch import SetpointWatch
 Vector = NDArray[np.float64]
 
 _SWING_RAD, _SWING_S, _SPACING_S = 0.7, 2.0, 0.05
+_MOVES_RAD = 0.08
 PATIENCE_S = 5.0  # what a busy machine may take for what takes milliseconds
 
 
@@ -44,10 +45,12 @@ class Cell:
 
     Args:
         rig: name of a twin's rig.
-        max_setpoint_age_s: see :class:`~robot_bridge.control_loop.ControlLoop`.
+        max_setpoint_age_s, stop_silent_after_s: see :class:`~robot_bridge.control_loop.ControlLoop`.
         seed: of the arms' chance.
 
     Attributes:
+        feedback_age_s: joint feedback older than this: the arms hold. The bridge's own bound on metal; a
+            busy machine that tests on a twin needs a longer one.
         stall_s: set, the loop's next turn lasts that much longer, as in a starved process.
         unplugged: channels whose adapter is gone.
 
@@ -55,8 +58,15 @@ class Cell:
         FaultError: at the end of the block, a setpoint outside the limits was put on a bus, or none at all.
     """
 
+    feedback_age_s: ClassVar[float] = 0.04
+
     def __init__(
-        self, rig: str = "twin_single", *, max_setpoint_age_s: float | None = 3.0, seed: int = 0
+        self,
+        rig: str = "twin_single",
+        *,
+        max_setpoint_age_s: float | None = 3.0,
+        stop_silent_after_s: float = 1.0,
+        seed: int = 0,
     ) -> None:
         self.rig = with_free_ports(load_rig(rig))
         self.robot = self.rig.load_embodiment()
@@ -67,7 +77,13 @@ class Cell:
         self.drivers = [PiperDriver(arm, self.rig.arms[arm.name]) for arm in self.robot.arms]
         self.limiter = Limiter(self.robot, Workspace(self.robot))
         self.loop = ControlLoop(
-            self.robot, self.drivers, self.limiter, self._remember, max_setpoint_age_s=max_setpoint_age_s
+            self.robot,
+            self.drivers,
+            self.limiter,
+            self._remember,
+            max_feedback_age_s=self.feedback_age_s,
+            max_setpoint_age_s=max_setpoint_age_s,
+            stop_silent_after_s=stop_silent_after_s,
         )
         self.stall_s = 0.0
         self.unplugged: set[str] = set()
@@ -113,15 +129,17 @@ class Cell:
         """Play a long, smooth swing of every first joint, and wait until the arms move."""
         times = np.arange(1, round(seconds / _SPACING_S) + 1) * _SPACING_S
         path = np.tile(self.position(), (len(times), 1))
-        for _, part in self.robot.slices():
-            path[:, part.start] += _SWING_RAD * (1 - np.cos(2 * np.pi * times / _SWING_S)) / 2
+        for arm, part in self.robot.slices():  # outwards, away from another arm
+            far = _SWING_RAD if arm.base.xyz_m[0] < 0 else -_SWING_RAD
+            path[:, part.start] += far * (1 - np.cos(2 * np.pi * times / _SWING_S)) / 2
         self.loop.play(Trajectory(time.monotonic(), _SPACING_S, path, time.time_ns()))
         if wait:
             began_s, start = time.monotonic(), self.position()
-            self.until(
-                began_s,
-                lambda tick: tick.sent is not None and bool(np.ptp([tick.sent, start], 0).max() > 0.08),
-            )
+
+            def moves(tick: Tick) -> bool:
+                return tick.sent is not None and bool(np.abs(tick.sent - start).max() > _MOVES_RAD)
+
+            self.until(began_s, moves)
 
     def position(self) -> Vector:
         """Return the last setpoint (D,)."""

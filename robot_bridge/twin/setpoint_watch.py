@@ -119,9 +119,10 @@ class SetpointWatch:
         if self.clock is None:
             return
         tick, last = self.clock(), self._last
-        ticks = min(tick - self._last_tick, _LONGEST)
+        pause = tick - self._last_tick
+        ticks = min(pause, _LONGEST)
         self._last_tick, self._last = tick, counts
-        if last is None or (self._jumps(counts, last) and self._stands_at(counts)):
+        if last is None or ((pause > _LONGEST or self._jumps(counts, last)) and self._stands_at(counts)):
             self._velocity, self._acceleration = [0.0] * len(counts), None
             self._rounding = [0.0] * len(counts)
         elif ticks > 0:
@@ -142,11 +143,9 @@ class SetpointWatch:
         return all(abs(count - at) <= _THERE for count, at in zip(counts, there, strict=True))
 
     def _judge_motion(self, counts: Sequence[int], last: Sequence[int], ticks: int) -> None:
-        if not any(self._velocity) and all(
-            abs(a - b) * one <= force * self.period_s**2 + 2 * one
-            for a, b, one, force in zip(counts, last, self._count, self._force, strict=True)
-        ):
-            ticks = 1  # it may have waited at rest, and then set out
+        if not any(self._velocity):  # it may have waited at rest for some ticks, and then set out
+            steps = [abs(a - b) * one for a, b, one in zip(counts, last, self._count, strict=True)]
+            ticks = next((n for n in range(1, ticks) if self._may_set_out(steps, n)), ticks)
         dt_s = ticks * self.period_s
         rounding = [one / dt_s for one in self._count]  # half a count at either end
         before, self._rounding = self._rounding, rounding
@@ -161,6 +160,14 @@ class SetpointWatch:
                 limit = self._force[i] / self.ramp_s
                 self._within("jerk", i, jerk, limit + 4 * rounding[i] / dt_s**2)
         self._velocity, self._acceleration = velocity, acceleration
+
+    def _may_set_out(self, steps: Sequence[float], ticks: int) -> bool:
+        """Return whether an arm at rest may make these steps in so many ticks."""
+        dt_s = ticks * self.period_s
+        return all(
+            step <= force * dt_s**2 + 2 * one
+            for step, force, one in zip(steps, self._force, self._count, strict=True)
+        )
 
     def _within(self, what: str, i: int, value: float, limit: float) -> None:
         self._note(what, value / limit)

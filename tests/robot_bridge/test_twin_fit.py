@@ -112,15 +112,14 @@ def test_a_recording_without_motion_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_twins_joints_follow_as_they_are_told_to() -> None:
-    """From the fit into the simulated world and back out of it."""
+    """From the fit into the simulated world and back out of it; one joint, for several push each other."""
     steps = int(4.0 / PHYSICS_DT_S)
     times = np.arange(steps) * PHYSICS_DT_S
-    wanted = wanted_at(times)
+    wanted = np.tile(ROBOT.home(), (steps, 1))
+    wanted[:, 0] = wanted_at(times)[:, 0]
     with World(ROBOT, load_scene("empty_table"), render=False) as world:
         world.reset(0, ROBOT.home())
-        world.set_joint_response(
-            "right", [40.0, 35.0, 30.0, 25.0, 30.0, 45.0], [0.7, 0.8, 0.9, 1.0, 0.8, 1.0]
-        )
+        world.set_joint_response("right", [25.0] * 6, [0.8] * 6)
         seen = []
         for row in wanted:
             world.set_targets(row)
@@ -134,7 +133,8 @@ def test_the_twins_joints_follow_as_they_are_told_to() -> None:
         slice(0, 6),
     )
     assert fit is not None
-    told_s = 2 * np.array([0.7, 0.8, 0.9, 1.0, 0.8, 1.0]) / [40.0, 35.0, 30.0, 25.0, 30.0, 45.0]
-    lag_s = fit.delay_s + 2 * fit.dampings / fit.frequencies_rad_s  # how late a steady motion is
-    np.testing.assert_allclose(lag_s, told_s, rtol=0.3)  # joints that swing together push each other
-    assert fit.residual_rad < 5e-3
+    assert fit.moved.tolist() == [True] + [False] * 5
+    late_s = fit.delay_s + 2 * fit.dampings[0] / fit.frequencies_rad_s[0]  # of a steady motion
+    assert late_s == pytest.approx(2 * 0.8 / 25.0, rel=0.1)
+    assert fit.residual_rad < 3e-3
+    assert fit.travel_rad > 0.03
