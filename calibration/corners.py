@@ -16,7 +16,7 @@ from calibration.faults import InconsistentDataError
 from calibration.geometry import Array, exp_rotation, hat, shifted, transform
 
 _PRIOR_VIEWS = 20.0  # degrees of freedom that the common noise counts for in each view's own
-_LEAST_NOISE_PX = 0.05
+_LEAST_NOISE_PX = 0.02
 _OUTLIER_DEVIATIONS = 4.5
 _STEPS = 6
 

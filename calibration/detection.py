@@ -14,13 +14,12 @@ from calibration.board import DICTIONARIES, Board, opencv_board
 from calibration.camera import CameraModel
 from calibration.faults import BoardNotFoundError, MirroredBoardError, WrongBoardError
 from calibration.geometry import Array, transform
+from calibration.saddles import refined
 
 LEAST_CORNERS = 6
 
-_SMALL_PX = 480  # pictures lower than this are enlarged for the markers to be read
+_SMALL_PX = 480  # pictures lower than this are enlarged at once for the markers to be read
 _COVERAGE_GRID = (8, 6)
-_SUBPIXEL_STEPS, _SUBPIXEL_CHANGE_PX = 60, 1e-3
-_LEAST_WINDOW_PX, _MOST_WINDOW_PX = 2, 7
 _LEAST_SPREAD = 0.02  # of the corners' second axis to their first: below, they are one line
 
 
@@ -92,7 +91,19 @@ class BoardDetector:
         )
 
     def _corners(self, grey: NDArray[np.uint8]) -> Detection | None:
+        """Return the corners in a picture; where some are missing, markers may only have been too small."""
         factor = 2 if grey.shape[0] < _SMALL_PX else 1
+        found = self._enlarged(grey, factor)
+        if found is not None and len(found.ids) == len(self.board.corners_m()):
+            return found
+        if grey.shape[0] < 2 * _SMALL_PX:
+            again = self._enlarged(grey, 2 * factor)
+            if again is not None and (found is None or len(again.ids) > len(found.ids)):
+                return again
+        return found
+
+    def _enlarged(self, grey: NDArray[np.uint8], factor: int) -> Detection | None:
+        """Return the corners that are found in the picture enlarged by ``factor``, in its own pixels."""
         large = (
             cv2.resize(grey, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
             if factor > 1
@@ -105,7 +116,12 @@ class BoardDetector:
         corners = (np.asarray(corners, np.float64).reshape(-1, 2) + 0.5) / factor - 0.5
         ids = np.asarray(ids, np.int64).ravel()
         order = np.argsort(ids)
-        return Detection(ids[order], _refined(grey, corners[order], ids[order], self.board))
+        found = Detection(ids[order], corners[order])
+        if not _spread(found, self.board):
+            return found
+        squares = self.board.corners_m()[found.ids, :2] / self.board.square_m
+        gap = 0.5 * (1 - self.board.marker_m / self.board.square_m)
+        return Detection(found.ids, refined(grey, found.corners_px, squares, gap))
 
     def _other_dictionary(self, grey: NDArray[np.uint8]) -> str | None:
         """Return the dictionary of which at least four markers are in the picture, or None."""
@@ -184,30 +200,6 @@ def _grey(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
         raise BoardNotFoundError("a picture must be (H, W) or (H, W, 3) uint8", "convert it")
     return np.asarray(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) if picture.ndim == 3 else picture, np.uint8)
-
-
-def _refined(grey: NDArray[np.uint8], corners: Array, ids: NDArray[np.int64], board: Board) -> Array:
-    """Return the corners, refined to parts of a pixel in windows that hold nothing of a marker."""
-    side = _square_px(corners, ids, board)
-    gap = 0.5 * (1 - board.marker_m / board.square_m) * side
-    window = int(np.clip(gap, _LEAST_WINDOW_PX, _MOST_WINDOW_PX))
-    criteria = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_COUNT, _SUBPIXEL_STEPS, _SUBPIXEL_CHANGE_PX)
-    start = corners.astype(np.float32).reshape(-1, 1, 2).copy()
-    return (
-        cv2.cornerSubPix(grey, start, (window, window), (-1, -1), criteria)
-        .reshape(-1, 2)
-        .astype(np.float64)
-    )
-
-
-def _square_px(corners: Array, ids: NDArray[np.int64], board: Board) -> float:
-    """Return the median side of a square in the picture, px."""
-    points = board.corners_m()[ids, :2] / board.square_m
-    apart = np.linalg.norm(points[:, None] - points[None], axis=2)
-    near = np.isclose(apart, 1.0)
-    if not near.any():
-        return 4.0 * _LEAST_WINDOW_PX
-    return float(np.median(np.linalg.norm(corners[:, None] - corners[None], axis=2)[near]))
 
 
 def _spread(detection: Detection, board: Board) -> bool:
