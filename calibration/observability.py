@@ -28,7 +28,13 @@ _SMALLEST, _LARGEST = 0.18, 0.85  # the board's longer side in the picture, as a
 _FIRST_DRAW, _DRAWS, _NEIGHBOURS = 40_000, 12, 4_000
 _SPREAD_RAD = 0.35
 _TOLD_RAD = float(np.deg2rad(3))  # two poses nearer than this in every joint are one
+_ROUNDS, _NARROWING, _TRIED = 4, 0.6, 150  # of improving each pose by small changes
+_APART_RAD = (
+    0.15  # in some joint, between poses that are improved: what a joint gets wrong, it repeats nearby
+)
 _FORESEEN, _FORESEEN_RAD = 0.06, float(np.deg2rad(15))  # the shift as a part of the distance
+# Until poses determine everything, what is known beforehand keeps the sums finite: metres and turns.
+_KNOWN_BEFORE = 1.0
 _FIELD, _TURN_RAD = 0.55, 0.9  # of free views: how far off the middle, and turned, at most
 
 
@@ -42,7 +48,7 @@ class Noise:
         position_m, rotation_rad: of a gripper's pose, where no joints are known.
     """
 
-    pixel_px: float = 0.15
+    pixel_px: float = 0.08
     joint_rad: float = float(np.deg2rad(0.1))
     position_m: float = 0.5e-3
     rotation_rad: float = float(np.deg2rad(0.1))
@@ -111,21 +117,24 @@ def plan_poses(
     Raises:
         ValueError: the rig has no chain.
     """
-    if rig.chain is None:
-        raise ValueError("planning joint positions needs a chain")
     noise = noise or Noise()
     low, high = np.asarray(lower, dtype=np.float64), np.asarray(upper, dtype=np.float64)
-    joints = _visible_joints(rig, low, high, rng, allowed, candidates)
-    if not len(joints):
+    joints = visible_joints(rig, lower=low, upper=high, rng=rng, allowed=allowed, wanted=candidates)
+    if rig.chain is None or not len(joints):
         return []
     before = np.asarray(already, dtype=np.float64).reshape(-1, len(low))
     gains = information(
         rig, JointMotion(rig.chain, np.concatenate([before, joints]), noise.joint_rad), noise
     )
-    chosen, covariances = _choose(gains[: len(before)].sum(0), gains[len(before) :], count)
+    begun = gains[: len(before)].sum(0)
+    chosen = joints[_choose(begun, gains[len(before) :], count)]
+    chosen = _improved(rig, begun, chosen, low, high, rng, allowed, noise)
+    order, covariances = _ordered(
+        begun, information(rig, JointMotion(rig.chain, chosen, noise.joint_rad), noise)
+    )
     return [
-        PlannedPose(joints[i], rig.chain.forward(joints[i]), *_lengths(covariance))
-        for i, covariance in zip(chosen, covariances, strict=True)
+        PlannedPose(chosen[i], rig.chain.forward(chosen[i]), *_lengths(covariance))
+        for i, covariance in zip(order, covariances, strict=True)
     ]
 
 
@@ -159,10 +168,12 @@ def plan_grippers(
         return []
     motion = PoseMotion(np.concatenate([already, grippers]), noise.position_m, noise.rotation_rad)
     gains = information(rig, motion, noise)
-    chosen, covariances = _choose(gains[: len(already)].sum(0), gains[len(already) :], count)
+    begun, gains = gains[: len(already)].sum(0), gains[len(already) :]
+    chosen = _choose(begun, gains, count)
+    order, covariances = _ordered(begun, gains[chosen])
     return [
-        PlannedPose(None, grippers[i], *_lengths(covariance))
-        for i, covariance in zip(chosen, covariances, strict=True)
+        PlannedPose(None, grippers[chosen[i]], *_lengths(covariance))
+        for i, covariance in zip(order, covariances, strict=True)
     ]
 
 
@@ -187,14 +198,13 @@ def information(rig: RigGeometry, motion: Motion, noise: Noise) -> Array:
     return np.swapaxes(columns, 1, 2) @ np.linalg.solve(total, columns)
 
 
-def _choose(begun: Array, gains: Array, count: int) -> tuple[list[int], list[Array]]:
-    """Return which views to take, best first, and the (12, 12) covariance after each of them.
+def _choose(begun: Array, gains: Array, count: int) -> list[int]:
+    """Return which views to take.
 
     One after the other the best is added; then each is exchanged for a better one while there is one
-    (Fedorov's exchange), and the set is put in the order in which it helps most.
+    (Fedorov's exchange).
     """
-    # Until poses determine everything, what is known beforehand keeps the sums finite: metres and turns.
-    total = begun + np.diag([1.0] * 12)
+    total = begun + np.diag([_KNOWN_BEFORE] * 12)
     count = min(count, len(gains))
     chosen: list[int] = []
     for _ in range(count):
@@ -205,23 +215,72 @@ def _choose(begun: Array, gains: Array, count: int) -> tuple[list[int], list[Arr
         without = total - gains[chosen[k]]
         best = _best(without, gains, chosen[:k] + chosen[k + 1 :])
         chosen[k], total = best, without + gains[best]
+    return chosen
+
+
+def _improved(
+    rig: RigGeometry,
+    begun: Array,
+    chosen: Array,
+    lower: Array,
+    upper: Array,
+    rng: np.random.Generator,
+    allowed: Callable[[Array], bool],
+    noise: Noise,
+) -> Array:
+    """Return the poses (N, n), each moved in ever smaller steps to where all together tell more."""
+    assert rig.chain is not None
+    board = rig.board_pose @ _centre(rig.board)
+    poses = chosen.copy()
+    gains = information(rig, JointMotion(rig.chain, poses, noise.joint_rad), noise)
+    total = begun + np.diag([_KNOWN_BEFORE] * 12) + gains.sum(0)
+    for turn in range(_ROUNDS):
+        for k in range(len(poses)):
+            step = _SPREAD_RAD * _NARROWING**turn * rng.standard_normal((_TRIED, len(lower)))
+            near = np.clip(poses[k] + step, lower, upper)
+            gripper = _forward(rig.chain, near)
+            moving = gripper if rig.setup == "eye-to-hand" else inverse(gripper)
+            others = np.delete(poses, k, axis=0)
+            apart = np.abs(near[:, None] - others).max(axis=2).min(axis=1, initial=np.inf)
+            near = near[_visible(rig, inverse(rig.camera_pose) @ moving @ board) & (apart > _APART_RAD)]
+            if not len(near):
+                continue
+            told = information(rig, JointMotion(rig.chain, near, noise.joint_rad), noise)
+            without = total - gains[k]
+            costs = _costs(without, told)
+            for i in np.argsort(costs):
+                if costs[i] >= _costs(without, gains[k : k + 1])[0]:
+                    break
+                if allowed(near[i]):
+                    poses[k], gains[k], total = near[i], told[i], without + told[i]
+                    break
+    return poses
+
+
+def _ordered(begun: Array, gains: Array) -> tuple[list[int], list[Array]]:
+    """Return the order in which views help most, and the (12, 12) covariance after each of them."""
+    total = begun + np.diag([_KNOWN_BEFORE] * 12)
     ordered: list[int] = []
     covariances: list[Array] = []
-    total = begun + np.diag([1.0] * 12)
-    for _ in range(count):
-        rest = [i for i in chosen if i not in ordered]
-        ordered.append(rest[_best(total, gains[rest], [])])
-        total = total + gains[ordered[-1]]
+    for _ in range(len(gains)):
+        best = _best(total, gains, ordered)
+        ordered.append(best)
+        total = total + gains[best]
         covariances.append(np.linalg.inv(total))
     return ordered, covariances
 
 
 def _best(total: Array, gains: Array, taken: Sequence[int]) -> int:
-    spread = np.linalg.inv(total + gains)
-    cost = np.trace(spread[:, :3, :3], axis1=1, axis2=2) / WANTED_M**2
-    cost += np.trace(spread[:, 3:6, 3:6], axis1=1, axis2=2) / WANTED_RAD**2
+    cost = _costs(total, gains)
     cost[list(taken)] = np.inf
     return int(np.argmin(cost))
+
+
+def _costs(total: Array, gains: Array) -> Array:
+    """Return (N,) the expected error, in units of what is wanted, after adding each of ``gains``."""
+    spread = np.linalg.inv(total + gains)
+    cost = np.trace(spread[:, :3, :3], axis1=1, axis2=2) / WANTED_M**2
+    return np.asarray(cost + np.trace(spread[:, 3:6, 3:6], axis1=1, axis2=2) / WANTED_RAD**2)
 
 
 def _lengths(covariance: Array) -> tuple[float, float]:
@@ -231,19 +290,21 @@ def _lengths(covariance: Array) -> tuple[float, float]:
     )
 
 
-def _visible_joints(
+def visible_joints(
     rig: RigGeometry,
+    *,
     lower: Array,
     upper: Array,
     rng: np.random.Generator,
     allowed: Callable[[Array], bool],
     wanted: int,
 ) -> Array:
-    """Return (N, n) joint positions at which the board is seen and that are allowed.
+    """Return up to ``wanted`` random joint positions, (N, n), that are allowed and show the board.
 
-    The first draw is from everywhere, the later ones are around what was found.
+    The first draw is from everywhere, the later ones are around what was found. See :func:`plan_poses`.
     """
-    assert rig.chain is not None
+    if rig.chain is None:
+        raise ValueError("planning joint positions needs a chain")
     board = rig.board_pose @ _centre(rig.board)
     found = np.empty((0, len(lower)))
     for draw in range(_DRAWS):
