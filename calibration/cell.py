@@ -74,7 +74,7 @@ class Shot:
     Attributes:
         image: (H, W, 3) uint8 RGB.
         stamp_ns: the camera's stamp of it.
-        arrival_ns: when it was there, ns of the system clock.
+        arrival_ns: when the driver had it, ns of the system clock.
     """
 
     image: NDArray[np.uint8]
@@ -274,7 +274,7 @@ class Cell:
         """
         since_ns = time.time_ns() if after_ns is None else after_ns
         frame = self._cameras[camera].wait_newer(since_ns, _PICTURE_PATIENCE_S)
-        return Shot(frame.image, frame.capture_ns, time.time_ns())
+        return Shot(frame.image, frame.capture_ns, frame.arrival_ns)
 
     def lens(self, camera: str) -> CameraModel:
         """Return what a camera says of its own lens, in pixels of its present stream."""

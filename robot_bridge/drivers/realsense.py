@@ -54,6 +54,7 @@ class Frame:
         image: (H, W, 3) uint8 RGB, read-only, a copy of its own.
         capture_ns: when it was exposed, ns of the system clock.
         sequence: the device's frame number; a gap is a lost frame.
+        arrival_ns: when it was there to be used, ns of the system clock.
         depth_m: (H, W) float32 distances along the optical axis, seen by the colour camera; 0 where
             nothing is known; None without depth.
     """
@@ -61,6 +62,7 @@ class Frame:
     image: NDArray[np.uint8]
     capture_ns: int
     sequence: int
+    arrival_ns: int
     depth_m: NDArray[np.float32] | None = None
 
 
@@ -373,9 +375,10 @@ class RealSenseDriver:
             distances.setflags(write=False)
         if latest is not None and sequence > latest.sequence + 1:
             self._lost_frames += sequence - latest.sequence - 1
-        self._stamp_error_s = (time.time_ns() - capture_ns) / 1e9
+        arrival_ns = time.time_ns()
+        self._stamp_error_s = (arrival_ns - capture_ns) / 1e9
         with self._news:
-            self._latest = Frame(image, capture_ns, sequence, distances)
+            self._latest = Frame(image, capture_ns, sequence, arrival_ns, distances)
             self._news.notify_all()
         return True
 

@@ -43,7 +43,7 @@ class EmulatedCamera:
         self._next_s = time.monotonic()
         self._draw_s = _DRAW_S
         self._exposed: tuple[float, int] | None = None
-        self._last: tuple[NDArray[np.uint8], int] | None = None
+        self._last: tuple[NDArray[np.uint8], int, int] | None = None
         self._faults = ActiveFaults()
         self._plug = ExitStack()
         self._slot: FrameWriter | None = None
@@ -78,17 +78,16 @@ class EmulatedCamera:
             self._plug_in()
         if self._exposed is not None:
             exposed_s, capture_ns = self._exposed
-            delivery_s = self.delivery_s + self._amount(FaultKind.CAMERA_DELAY)
-            if now_s >= exposed_s + max(self._draw_s, delivery_s):
+            if now_s >= exposed_s + self._draw_s:
                 self._publish(capture_ns)
-                self._deliveries.append(time.monotonic() - exposed_s)
+                self._deliveries.append(max(time.monotonic() - exposed_s, self._wanted_delivery_s()))
         elif now_s >= self._next_s:
             self._next_s = max(self._next_s + self._period_s, now_s)
             self._exposed = (now_s, time.time_ns())
             self._world.expose(self.name)
 
     def measured_delivery_s(self) -> float:
-        """Return how long the last pictures took from exposure to the slot, s; the median."""
+        """Return how long the last pictures took from exposure until they were handed on, s; the median."""
         return float(np.median(self._deliveries)) if self._deliveries else self.delivery_s
 
     def finish(self) -> None:
@@ -105,7 +104,9 @@ class EmulatedCamera:
         began_s = time.monotonic()
         picture = self._world.develop(self.name)
         jump_ns = round(self._amount(FaultKind.CLOCK_JUMP) * 1e9)
-        shown = (picture, capture_ns + self.stamp_offset_ns + jump_ns)
+        delivery_s = self._wanted_delivery_s()
+        due_ns = capture_ns + round(delivery_s * 1e9) if delivery_s else 0
+        shown = (picture, capture_ns + self.stamp_offset_ns + jump_ns, due_ns)
         if self._amount(FaultKind.CAMERA_FREEZE) and self._last is not None:
             shown = self._last
         self._last = shown
@@ -114,6 +115,9 @@ class EmulatedCamera:
         waited = time.monotonic() - began_s > 0.008  # converting it takes some milliseconds anyway
         self._draw_s = float(np.clip(self._draw_s + (2e-3 if waited else -1e-3), _MIN_DRAW_S, _MAX_DRAW_S))
         self._exposed = None
+
+    def _wanted_delivery_s(self) -> float:
+        return self.delivery_s + self._amount(FaultKind.CAMERA_DELAY)
 
     def _amount(self, kind: FaultKind) -> float:
         return self._faults.amount(kind, self.name)

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from simplevla.errors import UnavailableError
 
-_MAGIC = b"SVLAFRM1"
+_MAGIC = b"SVLAFRM2"
 _HEADER = struct.Struct("=8sII")  # magic, height, width
 _COUNT = struct.Struct("=Q")  # number of the newest picture, from 1; at _COUNT_AT
-_HALF = struct.Struct("=QqQ")  # number before, capture time, number after
+_HALF = struct.Struct("=QqqQ")  # number before, capture time, due time, number after
 _COUNT_AT = 16
 _HALVES_AT = 64
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
@@ -41,11 +41,13 @@ class Picture:
         image: (H, W, 3) uint8 RGB, a copy.
         capture_ns: when it was taken, ns of the system clock.
         number: counts from 1 without gaps.
+        due_ns: when it may be handed on, ns of the system clock; 0 for at once.
     """
 
     image: NDArray[np.uint8]
     capture_ns: int
     number: int
+    due_ns: int = 0
 
 
 def slot_name(prefix: str, camera: str) -> str:
@@ -100,15 +102,15 @@ class FrameWriter(_Slot):
     def __enter__(self) -> FrameWriter:
         return self
 
-    def write(self, image: NDArray[np.uint8], capture_ns: int) -> None:
-        """Publish a (H, W, 3) uint8 RGB picture."""
+    def write(self, image: NDArray[np.uint8], capture_ns: int, due_ns: int = 0) -> None:
+        """Publish a (H, W, 3) uint8 RGB picture; see :class:`Picture` for its times."""
         if image.shape != self.shape or image.dtype != np.uint8:
             raise ValueError(f"picture is {image.dtype} {image.shape}, the slot holds uint8 {self.shape}")
         number = self._number + 1
         at = self._half_at(number)
-        _HALF.pack_into(self._memory, at, number, capture_ns, 0)
+        _HALF.pack_into(self._memory, at, number, capture_ns, due_ns, 0)
         self._memory[at + _HALF.size : at + self._half_bytes] = image.tobytes()
-        _HALF.pack_into(self._memory, at, number, capture_ns, number)
+        _HALF.pack_into(self._memory, at, number, capture_ns, due_ns, number)
         _COUNT.pack_into(self._memory, _COUNT_AT, number)
         self._number = number
 
@@ -162,9 +164,9 @@ class FrameReader(_Slot):
                 return None
             at = self._half_at(newest)
             pixels = np.frombuffer(self._memory[at + _HALF.size : at + self._half_bytes], np.uint8)
-            before, capture_ns, after = _HALF.unpack_from(self._memory, at)
+            before, capture_ns, due_ns, after = _HALF.unpack_from(self._memory, at)
             if before == after == newest:
-                return Picture(pixels.reshape(self.shape), capture_ns, newest)
+                return Picture(pixels.reshape(self.shape), capture_ns, newest, due_ns)
         return None
 
     def is_replaced(self) -> bool:

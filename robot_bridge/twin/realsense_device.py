@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -126,6 +127,7 @@ def _feed_from(reader: FrameReader, push: Callable[[Picture], None], closing: th
         picture = reader.read_newer(number)
         if picture is not None:
             number, quiet_s = picture.number, 0.0
+            closing.wait(max(0.0, (picture.due_ns - time.time_ns()) / 1e9))
             push(picture)
             continue
         quiet_s += _POLL_S

@@ -469,7 +469,7 @@ def test_a_camera_publishes_what_somebody_listens_to():
 
         def wait_newer(self, _: int, timeout_s: float) -> Frame:
             time.sleep(min(0.05, timeout_s))
-            return Frame(image=picture, capture_ns=time.time_ns(), sequence=1)
+            return Frame(image=picture, capture_ns=time.time_ns(), sequence=1, arrival_ns=time.time_ns())
 
     raw: list[Image] = []
     jpeg: list[CompressedImage] = []

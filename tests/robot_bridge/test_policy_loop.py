@@ -36,7 +36,8 @@ class Camera:
     def wait_newer(self, capture_ns: int, timeout_s: float) -> Frame:
         if self.gone:
             raise UnavailableError(f"camera head sent no new picture within {timeout_s:g} s", "check it")
-        return Frame(np.zeros((4, 4, 3), np.uint8), max(capture_ns + 1, time.time_ns()), 1)
+        now_ns = time.time_ns()
+        return Frame(np.zeros((4, 4, 3), np.uint8), max(capture_ns + 1, now_ns), 1, now_ns)
 
 
 @dataclass

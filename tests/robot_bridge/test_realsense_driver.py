@@ -34,12 +34,16 @@ def rig() -> Rig:
 
 
 class Projector:
-    """Writes a picture every 20 ms: its number is its colour, and no two pixels in a row are equal."""
+    """Writes a picture every 20 ms: its number is its colour, and no two pixels in a row are equal.
 
-    def __init__(self, rig: Rig) -> None:
+    It is due ``late_s`` after it was taken.
+    """
+
+    def __init__(self, rig: Rig, late_s: float = 0.0) -> None:
         assert rig.twin is not None
         self.slot = slot_name(rig.twin.shared_memory, "head")
         self.stamps: dict[int, int] = {}
+        self._late_ns = round(late_s * 1e9)
         self.frozen = threading.Event()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -59,8 +63,8 @@ class Projector:
             while not self._over.wait(PERIOD_S):
                 if not self.frozen.is_set():
                     number += 1
-                    self.stamps[number] = time.time_ns()
-                    writer.write(picture(number), self.stamps[number])
+                    now_ns = self.stamps[number] = time.time_ns()
+                    writer.write(picture(number), now_ns, now_ns + self._late_ns)
 
 
 def picture(number: int) -> np.ndarray:
@@ -86,6 +90,14 @@ def test_pictures_arrive_in_order_with_their_pixels_and_stamps(rig: Rig, project
         np.testing.assert_array_equal(frame.image, picture(frame.sequence))
         assert abs(frame.capture_ns - projector.stamps[frame.sequence]) < 1000
         assert not frame.image.flags.writeable
+
+
+def test_a_picture_that_is_due_later_is_handed_on_then(rig: Rig) -> None:
+    with Projector(rig, late_s=0.06), camera_driver(rig, CAMERA) as driver:
+        seen = [driver.wait_newer(0, 2.0)]
+        while len(seen) < 5:
+            seen.append(driver.wait_newer(seen[-1].capture_ns, 2.0))
+    assert min(frame.arrival_ns - frame.capture_ns for frame in seen) >= 60_000_000
 
 
 @pytest.mark.usefixtures("projector")
