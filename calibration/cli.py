@@ -27,6 +27,8 @@ one part alone, live or from recorded data (--samples): intrinsics, hand-eye, ar
   simplevla calibrate hand-eye --samples DIR --setup eye-to-hand --json out.json
   simplevla calibrate latency --samples runs/calibration/swing_right_head.npz
 
+a second opinion on where the arms' bases stand: touch, then arms --touches FILE
+
 to look at: show RECORD (exit status 0 if it passed, else 1), report
 
 without a robot: add --twin. docs/calibration.md says what each figure means, and what to do when a
@@ -115,6 +117,16 @@ def _configure(parser: argparse.ArgumentParser) -> None:
             )
         if name == "scene":
             step.add_argument("--overlay", action="store_true", help="draw the scene over the live picture")
+    text = "points that both arms touch, led there by hand, for: arms --touches"
+    touch = steps.add_parser("touch", help=text, description=text)
+    touch.add_argument("--rig", default="hardware", help="name of a rig, or a path to a .yaml file")
+    touch.add_argument("--record", type=Path, help=f"session record, for joint zeros (default: {_RECORD})")
+    touch.add_argument(
+        "--out", type=Path, help="folder for touches.yaml (default: runs/calibration_<time>)"
+    )
+    touch.add_argument(
+        "--points", type=whole_number(3, 50), default=5, metavar="N", help="how many (default: 5)"
+    )
     show = steps.add_parser("show", help="print a session record, check by check")
     show.add_argument("record", type=Path, nargs="?", default=_RECORD, help=f"(default: {_RECORD})")
     report = steps.add_parser("report", help="the record and its drift over the sessions, as HTML")
@@ -147,28 +159,36 @@ def _add_live(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.step == "board":
-        return _board(args)
-    if args.step == "show":
-        from simplevla.session_record import load_session_record
-
-        record = load_session_record(args.record)
-        print(describe(record, now_ns=time.time_ns()))
-        return 0 if record.passed else 1
-    if args.step == "report":
-        from calibration.report import write_report
-
-        out = args.out or args.record.with_suffix(".html")
-        write_report(args.record, out)
-        print(out)
-        return 0
+    alone = {"board": _board, "show": _show, "report": _report, "touch": _touch}.get(args.step)
+    if alone is not None:
+        return alone(args)
     if args.samples and args.step == "hand-eye":
         from calibration.hand_eye_command import run
 
         return run(args)
-    if args.samples:
-        return _verdict(_offline(args))
-    return _live(args)
+    if not args.samples and (getattr(args, "json", None) or getattr(args, "setup", "") == "eye-in-hand"):
+        raise ConfigError(
+            "--json and --setup eye-in-hand are for recorded data: the bridge drives cameras that stand",
+            "give --samples; docs/calibration.md describes the format",
+        )
+    return _verdict(_offline(args)) if args.samples else _live(args)
+
+
+def _show(args: argparse.Namespace) -> int:
+    from simplevla.session_record import load_session_record
+
+    record = load_session_record(args.record)
+    print(describe(record, now_ns=time.time_ns()))
+    return 0 if record.passed else 1
+
+
+def _report(args: argparse.Namespace) -> int:
+    from calibration.report import write_report
+
+    out = args.out or args.record.with_suffix(".html")
+    write_report(args.record, out)
+    print(out)
+    return 0
 
 
 def _board(args: argparse.Namespace) -> int:
@@ -180,9 +200,30 @@ def _board(args: argparse.Namespace) -> int:
     return 0
 
 
+def _touch(args: argparse.Namespace) -> int:
+    from calibration.session import Job, run_touch
+    from calibration.settings import load_settings
+    from robot_bridge.rig import load_rig
+    from robot_bridge.stack import interruptible
+
+    job = Job(
+        rig=load_rig(args.rig),
+        settings=load_settings(),
+        path=args.record or _RECORD,
+        folder=args.out or _run_folder(),
+        say=print,
+        window=False,
+    )
+    with interruptible():
+        print(run_touch(job, args.points))
+    return 0
+
+
 def _live(args: argparse.Namespace) -> int:
     from calibration import session
+    from calibration.steps.touch import Touches
     from robot_bridge.stack import interruptible
+    from simplevla.config import load_yaml
 
     job = _job(args)
     began_s = time.monotonic()
@@ -198,8 +239,15 @@ def _live(args: argparse.Namespace) -> int:
             case "intrinsics":
                 checks = session.run_intrinsics(job, args.arm)
             case _:
+                touches = None
+                if getattr(args, "touches", None):
+                    touches = load_yaml(args.touches, Touches)
                 checks = session.run_step(
-                    job, args.step, args.arm, overlaid=getattr(args, "overlay", False)
+                    job,
+                    args.step,
+                    args.arm,
+                    overlaid=getattr(args, "overlay", False),
+                    touches=touches,
                 )
     print(f"{args.step}: {time.monotonic() - began_s:.0f} s")
     return _verdict(checks)
@@ -272,12 +320,16 @@ def _job(args: argparse.Namespace) -> Job:
         rig=rig,
         settings=_settings(args),
         path=_record_path(args),
-        folder=args.out or Path("runs") / time.strftime("calibration_%Y-%m-%d_%H-%M-%S"),
+        folder=args.out or _run_folder(),
         say=_teller(),
         metal=metal,
         window=False if args.no_window or rig.is_twin else None,
         lenses=lenses,
     )
+
+
+def _run_folder() -> Path:
+    return Path("runs") / time.strftime("calibration_%Y-%m-%d_%H-%M-%S")
 
 
 def _settings(args: argparse.Namespace) -> Settings:

@@ -74,23 +74,28 @@ class Operator:
 
     def clear(self) -> None:
         """Ask for an empty table."""
-        self._ask(
+        self.ask(
             "Clear the table, take everything out of the grippers and stand clear: the arms get power and "
             "move. Enter when done: "
         )
 
     def mount(self, arm: str) -> None:
         """Ask for the board in a gripper."""
-        self._ask(
+        self.ask(
             f"The arms hold. Put the board into the {arm} gripper by its wedge, facing the cameras as "
             "docs/calibration.md shows, and close the fingers on it. Stand clear, then Enter: "
         )
 
     def lay_down(self) -> None:
         """Ask for the board on the table."""
-        self._ask("Take the board out and lay it flat on the table, face up, in the camera's view. Enter: ")
+        self.ask("Take the board out and lay it flat on the table, face up, in the camera's view. Enter: ")
 
-    def _ask(self, question: str) -> None:
+    def ask(self, question: str) -> None:
+        """Ask ``question`` and return at the next line of the answers.
+
+        Raises:
+            UnavailableError: nobody answers.
+        """
         self._questions.write(question)
         self._questions.flush()
         if not self._answers.readline():
@@ -147,6 +152,10 @@ class TwinGuide:
         """Return what the twin's metal is really like."""
         return self._control.truth()
 
+    def kept(self) -> float:
+        """Return how much of real time the twin has kept since the board was last put somewhere."""
+        return self._control.status().real_time_factor_since_reset
+
     def alter(self, metal: Metal) -> None:
         """Make the twin's metal differ from what the embodiment says."""
         self._control.alter(metal)
@@ -162,5 +171,5 @@ class TwinGuide:
             holder=holder,
             pose=msgspec.structs.replace(pose, xyz_m=to_pose(corner).xyz_m),
         )
-        self.pace = min(self.pace, self._control.status().real_time_factor_since_reset)
+        self.pace = min(self.pace, self.kept())
         self._control.alter(Metal(plate=plate))

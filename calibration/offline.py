@@ -8,13 +8,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from calibration.arms_base import (
-    BasePose,
-    agreement,
-    base_to_base,
-    base_to_base_by_touch,
-    require_arms_not_swapped,
-)
+from calibration.arms_base import base_to_base, require_arms_not_swapped
 from calibration.camera import CameraModel
 from calibration.findings import Findings, model_of
 from calibration.samples import SampleSet, load_samples
@@ -25,24 +19,12 @@ from calibration.steps.intrinsics import measure_lens
 from calibration.steps.latency import judge as judge_delays
 from calibration.steps.latency import load_swing, read_delays
 from calibration.steps.scene import table_of
+from calibration.steps.touch import Touches, check_touches
 from robot_bridge.clearance import TABLE_TOP_M
-from simplevla.config import Config, load_yaml
-from simplevla.embodiment import Arm, Embodiment, Vec3
+from simplevla.config import load_yaml
+from simplevla.embodiment import Arm, Embodiment
 from simplevla.errors import ConfigError
 from simplevla.session_record import Check, SessionRecord, to_matrix
-
-_TOUCH_STD_M = 0.001  # how well a person brings two tools to one point
-
-
-class Touches(Config):
-    """Points that the tools of two arms both touched, in order: (x, y, z) in each arm's base frame, m."""
-
-    left: tuple[Vec3, ...]
-    right: tuple[Vec3, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.left) != len(self.right) or len(self.left) < 3:
-            raise ValueError("left and right must name the same points, three or more")
 
 
 def intrinsics(folder: Path, settings: Settings) -> tuple[CameraModel, Check]:
@@ -68,7 +50,7 @@ def bases(
         settings: the limits.
         embodiment: the two arms.
         touches: a .yaml file of points that both arms' tools touched, for a second opinion; see
-            :class:`Touches`.
+            :class:`~calibration.steps.touch.Touches`.
 
     Raises:
         CalibrationError: the samples give no trustworthy answer, or the arms are swapped.
@@ -89,10 +71,11 @@ def bases(
     require_arms_not_swapped(by_camera, nominal)
     apart_mm, turned_deg = difference(by_camera.pose, nominal)
     figures = {"apart_mm": apart_mm, "turned_deg": turned_deg}
-    if touches is not None:
-        agreed = agreement(by_camera, by_touch(load_yaml(touches, Touches)))
-        figures |= {"touch_apart_mm": 1e3 * agreed.distance_m, "touch_chi2": agreed.chi2}
     checks.append(settings.judge(f"bases {left.name} {right.name}", figures))
+    if touches is not None:
+        checks.append(
+            check_touches(settings, load_yaml(touches, Touches), by_camera, left.name, right.name)
+        )
     return checks
 
 
@@ -144,15 +127,6 @@ def check(folder: Path, settings: Settings, record: SessionRecord, arm: Arm, cam
     moved_mm, turned_deg = difference(base @ found.camera_pose, to_matrix(record.camera_in_world[camera]))
     figures = {"moved_mm": moved_mm, "turned_deg": turned_deg, "held_out_px": float(found.held_out_px)}
     return settings.judge(f"check {camera} {arm.name}", figures)
-
-
-def by_touch(touches: Touches) -> BasePose:
-    """Return where the right base stands in the left one's frame, from points that both arms touched.
-
-    Raises:
-        CalibrationError: the points lie in a line, or do not fit each other.
-    """
-    return base_to_base_by_touch(np.array(touches.left), np.array(touches.right), std_m=_TOUCH_STD_M)
 
 
 def _camera_of(samples: SampleSet, folder: Path) -> CameraModel:

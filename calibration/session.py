@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
+from calibration.arms_base import base_to_base
 from calibration.camera import CameraModel, save_camera
 from calibration.cell import Cell
 from calibration.findings import Findings
@@ -28,11 +31,13 @@ from calibration.steps.hand_eye import find_cameras
 from calibration.steps.intrinsics import measure_lens
 from calibration.steps.latency import find_delays
 from calibration.steps.scene import find_table, write_scene
+from calibration.steps.touch import Touches, check_touches, record_touches
 from calibration.twin_cell import running_twin
 from robot_bridge.rig import Rig
 from robot_bridge.twin.metal import Metal
 from simplevla.cli import require_choice
 from simplevla.embodiment import Arm
+from simplevla.errors import ConfigError
 from simplevla.session_record import (
     Check,
     SessionRecord,
@@ -160,7 +165,9 @@ def run_check(job: Job, arm: str = "") -> list[Check]:
         return check_record(bench, record, next(each for each in bench.placed.arms if each.name == chosen))
 
 
-def run_step(job: Job, step: str, arm: str = "", *, overlaid: bool = False) -> list[Check]:
+def run_step(
+    job: Job, step: str, arm: str = "", *, overlaid: bool = False, touches: Touches | None = None
+) -> list[Check]:
     """Measure one part, update the last record with it if there is one, and return the new checks.
 
     Args:
@@ -168,12 +175,15 @@ def run_step(job: Job, step: str, arm: str = "", *, overlaid: bool = False) -> l
         step: one of ``STEPS``.
         arm: only this arm; all by default.
         overlaid: with ``scene``: draw the simulator's scene over the live pictures.
+        touches: with ``arms``: points that both arms touched, a second opinion on where the bases stand.
 
     Raises:
-        SimplevlaError: as :func:`run_session`, or there is no such step or arm.
+        SimplevlaError: as :func:`run_session`, or there is no such step or arm, or not two arms to touch.
     """
     require_choice("step", step, STEPS)
     arms = job.rig.load_embodiment().arms
+    if touches is not None and (arm or len(arms) != 2):
+        raise ConfigError("touched points are of two arms", "measure both: leave --arm out")
     if arm:
         require_choice("arm", arm, [each.name for each in arms])
     known = load_session_record(job.path) if job.path.exists() else None
@@ -187,6 +197,8 @@ def run_step(job: Job, step: str, arm: str = "", *, overlaid: bool = False) -> l
             for each in bench.placed.arms:
                 if arm in ("", each.name):
                     _measure_arm(bench, findings, each, step, grippers.get(each.name))
+            if touches is not None:
+                _second_opinion(bench, findings, touches)
     # A part that is new makes the rest no younger; a part alone lets no robot move.
     created_ns = known.created_ns if known else time.time_ns()
     record = findings.record(job.rig, created_ns=created_ns, source=job.source(step))
@@ -198,6 +210,38 @@ def run_step(job: Job, step: str, arm: str = "", *, overlaid: bool = False) -> l
         for camera, picture in live.items():
             job.say(str(write_overlay(picture, camera, record, job.rig, job.settings, job.folder)))
     return findings.fresh
+
+
+def _second_opinion(bench: Bench, findings: Findings, touches: Touches) -> None:
+    left, right = (arm.name for arm in bench.placed.arms)
+    camera = bench.cameras[0].name
+    by_camera = base_to_base(findings.solved[camera, left], findings.solved[camera, right])
+    check = findings.judged(check_touches(bench.settings, touches, by_camera, left, right))
+    bench.say(one_line(check))
+
+
+def run_touch(job: Job, count: int) -> Path:
+    """Have ``count`` points touched by both arms, led by hand; return the file in the job's folder.
+
+    Motors stay as they were found, and nothing moves by itself. Where there is a record, its joint zeros
+    are taken off.
+
+    Raises:
+        ConfigError: there are not two arms, or nobody can lead them: they are a twin's.
+        UnavailableError: the arms say nothing, or nobody answers.
+    """
+    embodiment = job.rig.load_embodiment()
+    if job.rig.is_twin or len(embodiment.arms) != 2:
+        raise ConfigError("touching takes a robot with two arms", "give the rig of one")
+    person = Operator.at_terminal()
+    known = load_session_record(job.path) if job.path.exists() else None
+    zeros = {name: np.array(values) for name, values in known.joint_zeros_rad.items()} if known else {}
+    with Cell(job.rig, job.settings.streamed(embodiment), job.settings) as cell:
+        touches = record_touches(cell, embodiment, zeros, count, person.ask)
+    path = job.folder / "touches.yaml"
+    job.folder.mkdir(parents=True, exist_ok=True)
+    touches.save(path)
+    return path
 
 
 def run_intrinsics(job: Job, arm: str = "") -> list[Check]:

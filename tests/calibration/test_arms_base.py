@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.optimize import least_squares
 
 from benchmarks.calibration_data import CHAIN, data, views
 from benchmarks.calibration_rigs import BOARD
@@ -23,6 +24,12 @@ from calibration.faults import (
 )
 from calibration.geometry import difference, exp_rotation, inverse, moved, transform
 from calibration.hand_eye import calibrate_hand_eye
+from calibration.settings import load_settings
+from calibration.steps.touch import Touches, check_touches, record_touches
+from simplevla.config import load_yaml
+from simplevla.embodiment import load_embodiment
+from simplevla.kinematics import arm_chain
+from simplevla.session_record import to_matrix
 
 NOMINAL = transform(exp_rotation(np.array([0.0, 0.0, 0.05])), np.array([0.02, -0.6, 0.0]))
 POINTS = np.random.default_rng(0).uniform([0.2, -0.4, 0.0], [0.5, -0.1, 0.2], (8, 3))
@@ -86,6 +93,55 @@ def test_two_ways_agree_or_do_not(left, right):
     told = agreement(by_camera, off)
     assert not told.agree
     assert told.distance_m > 0.007
+
+
+def test_points_that_a_person_has_both_arms_touch_agree_with_the_camera(tmp_path):
+    robot = load_embodiment("piper_dual")
+    lower, upper = np.array([0.2, 0.8, -1.6, -0.5, -0.5, -0.5]), np.array([0.6, 1.2, -1.0, 0.5, 0.5, 0.5])
+    rng = np.random.default_rng(3)
+    zeros = {"right": np.array([0.0, 0.01, -0.02, 0.0, 0.01, 0.0])}
+    base = to_matrix(robot.arms[1].base)
+    between = inverse(to_matrix(robot.arms[0].base)) @ base
+    off = moved(between, np.array([0.004, 0.003, 0.0, 0.0, 0.0, 0.01]))
+
+    class Led:
+        """Arms that a person leads: left first, then right, to the same points."""
+
+        def __init__(self):
+            self.positions, self.asked = robot.home(), []
+
+        def ask(self, question):
+            self.asked.append(question)
+            arm, part = list(robot.slices())[(len(self.asked) + 1) % 2]
+            if arm.name == "left":
+                joints = rng.uniform(lower, upper) * [-1, 1, 1, 1, 1, 1]
+                self.point = arm_chain(arm).forward(joints)[:3, 3]
+            else:
+                there = (self.point - off[:3, 3]) @ off[:3, :3]
+                joints = reached(arm_chain(arm), there) + zeros["right"]
+            self.positions[part] = [*joints, 0.0]
+
+        def averaged(self):
+            return self.positions
+
+    arms = Led()
+    touches = record_touches(arms, robot, zeros, 6, arms.ask)
+    assert len(arms.asked) == 12
+    touches.save(tmp_path / "touches.yaml")
+    assert load_yaml(tmp_path / "touches.yaml", Touches) == touches
+    covariance = np.diag([1e-3] * 3 + [2e-3] * 3) ** 2
+    settings = load_settings()
+    good = check_touches(settings, touches, BasePose(off, covariance), "left", "right")
+    assert good.passed
+    assert good.figures["apart_mm"] < 0.01
+    wrong = moved(off, np.array([0.008, 0, 0, 0, 0, 0]))
+    assert not check_touches(settings, touches, BasePose(wrong, covariance), "left", "right").passed
+
+
+def reached(chain, point):
+    """Return joints (n,) at which the tool is at ``point`` (3,)."""
+    bent = np.array([0.0, 1.2, -1.2, 0.0, 0.3, 0.0])
+    return least_squares(lambda q: chain.forward(q)[:3, 3] - point, bent, xtol=1e-15, gtol=1e-15).x
 
 
 def test_points_that_tell_too_little_or_do_not_fit_are_named():

@@ -95,6 +95,9 @@ def test_a_board_is_printed_as_the_settings_describe_it(tmp_path, capsys):
         (["intrinsics", "--samples", "{tmp}"], "board.yaml"),
         (["session", "--twin", "--settings", "{tmp}/none.yaml"], "cannot be read"),
         (["hand-eye", "--twin", "--arm", "third"], "unknown arm 'third'"),
+        (["hand-eye", "--twin", "--setup", "eye-in-hand"], "are for recorded data"),
+        (["touch", "--rig", "twin"], "touching takes a robot"),
+        (["arms", "--twin", "--touches", "{tmp}/none.yaml"], "cannot be read"),
         (["session", "--metal", "{tmp}/metal.yaml", "--rig", "{tmp}/lab.yaml"], "--metal is for a twin"),
     ],
 )
