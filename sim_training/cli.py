@@ -116,6 +116,10 @@ examples:
     parser.add_argument(
         "--workers", type=whole_number(1, 256), default=1, help="processes, about one a core (default: 1)"
     )
+    parser.add_argument(
+        "--session-record", type=Path, metavar="FILE",
+        help="a robot's calibration: cameras and bases stand, and everything is late, as it says",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every episode's result here")
     parser.add_argument(
         "--video", type=Path, metavar="FILE", help="write an MP4 of the first episodes here"
@@ -126,6 +130,7 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     from sim_training.evaluation import BundleSource, evaluate, rate, record_video, save_report
     from sim_training.randomisation import Randomisation
     from sim_training.tasks import task_names
+    from simplevla.session_record import load_session_record
 
     require_choice("task", args.task, task_names())
     randomisation = Randomisation.of([name.strip() for name in args.randomise.split(",")])
@@ -133,6 +138,7 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     require_choice("task of this bundle", args.task, source().tasks)
     if args.split is not None:
         return _evaluate_splits(args, source, randomisation)
+    record = load_session_record(args.session_record) if args.session_record else None
     with counting(args.episodes, "evaluating") as progress:
         report = evaluate(
             source,
@@ -140,13 +146,16 @@ def _run_evaluate(args: argparse.Namespace) -> int:
             episodes=args.episodes,
             seed=args.seed,
             randomisation=randomisation,
+            record=record,
             workers=args.workers,
             progress=progress,
         )
     if args.json:
         save_report(report, args.json)
     if args.video:
-        record_video(source, args.task, args.video, seed=args.seed, randomisation=randomisation)
+        record_video(
+            source, args.task, args.video, seed=args.seed, randomisation=randomisation, record=record
+        )
     strategies = ", ".join(f"{name} {count}" for name, count in report.strategies.items())
     failures = ", ".join(f"{name} {count}" for name, count in report.failures.items()) or "none"
     print(f"success    {rate(report.success)}")
@@ -164,8 +173,10 @@ def _run_evaluate(args: argparse.Namespace) -> int:
 def _evaluate_splits(args: argparse.Namespace, source: BundleSource, randomisation: Randomisation) -> int:
     from sim_training.generalisation import chosen_splits, evaluate_splits, save_generalisation, trained_on
 
-    if args.video:
-        raise ConfigError("--split makes no video", "leave out --video or --split")
+    if args.video or args.session_record:
+        raise ConfigError(
+            "--split makes no video and takes no calibration", "leave --split out, or the others"
+        )
     splits = chosen_splits(args.task, args.split)
     with counting(args.episodes * (1 + len(splits)), "evaluating") as progress:
         result = evaluate_splits(

@@ -23,6 +23,7 @@ from sim_training.randomisation import Randomisation
 from sim_training.seeds import FIRST_EVALUATION_SEED
 from sim_training.splits import Scenes, require_split
 from sim_training.tasks import Task, load_task
+from sim_training.tasks.base import TABLE_TOP_M
 from simplevla.action_chunk import ActionChunk, check_chunk
 from simplevla.bundle import Bundle, load_bundle
 from simplevla.embodiment import Embodiment
@@ -30,6 +31,7 @@ from simplevla.errors import ConfigError, MissingExtraError
 from simplevla.files import write_atomic
 from simplevla.intervals import Rate, wilson
 from simplevla.observation import Observation
+from simplevla.session_record import SessionRecord, simulated
 from simplevla.trial import FailureCode, Strategy
 
 if TYPE_CHECKING:
@@ -122,6 +124,7 @@ def evaluate(
     episodes: int,
     seed: int = FIRST_EVALUATION_SEED,
     randomisation: Randomisation | None = None,
+    record: SessionRecord | None = None,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
@@ -133,6 +136,7 @@ def evaluate(
         episodes: how many.
         seed: of the first one.
         randomisation: what differs between scenes; nothing by default.
+        record: a robot's calibration: cameras and bases stand, and everything is late, as it says.
         workers: processes; with 1 everything happens in this one.
         progress: called with (episodes done, successes) after each episode.
 
@@ -148,7 +152,7 @@ def evaluate(
         raise ConfigError(
             f"seed {seed} may have been trained on", f"choose a seed of {FIRST_EVALUATION_SEED} or more"
         )
-    job = _Job(source, task, randomisation)
+    job = _Job(source, task, randomisation, record)
     policy = source()
     results: list[EpisodeResult] = []
     for result in _map(job, policy, range(seed, seed + episodes), workers):
@@ -181,7 +185,13 @@ def load_report(path: Path) -> Report:
 
 
 def record_video(
-    source: PolicySource, task: str, path: Path, *, seed: int, randomisation: Randomisation
+    source: PolicySource,
+    task: str,
+    path: Path,
+    *,
+    seed: int,
+    randomisation: Randomisation,
+    record: SessionRecord | None = None,
 ) -> None:
     """Write an MP4 of the first camera through the first four episodes from ``seed`` on.
 
@@ -197,7 +207,7 @@ def record_video(
     camera = policy.embodiment.camera(policy.cameras[0])
     with (
         tempfile.TemporaryDirectory() as folder,
-        Bench(policy, task, randomisation) as bench,
+        Bench(policy, task, randomisation, record) as bench,
     ):
         scratch = Path(folder) / "video.mp4"
         size = (camera.width, camera.height)
@@ -265,21 +275,37 @@ class _Job:
     source: PolicySource
     task: str
     randomisation: Randomisation
+    record: SessionRecord | None = None
 
 
 class Bench:
     """One world and one policy that try episodes one after another; a context manager.
 
+    Args:
+        policy: the policy.
+        task: name of the task.
+        randomisation: what differs between scenes.
+        record: a robot's calibration, as which the world is built.
+
     Attributes:
         world: in which it happens.
     """
 
-    def __init__(self, policy: Policy, task: str, randomisation: Randomisation) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        task: str,
+        randomisation: Randomisation,
+        record: SessionRecord | None = None,
+    ) -> None:
         from sim_training.world import World
 
         self._policy = policy
         self._task: Task = load_task(task)
-        self.world = World(policy.embodiment, self._task, randomisation=randomisation)
+        if record is not None:
+            randomisation = randomisation.measured(record, policy.embodiment)
+        robot = simulated(policy.embodiment, record, TABLE_TOP_M)
+        self.world = World(robot, self._task, randomisation=randomisation)
 
     def __enter__(self) -> Bench:
         return self
@@ -315,7 +341,7 @@ class Bench:
 
 def _map(job: _Job, policy: Policy, seeds: Sequence[int], workers: int) -> Iterator[EpisodeResult]:
     if workers <= 1:
-        with Bench(policy, job.task, job.randomisation) as bench:
+        with Bench(policy, job.task, job.randomisation, job.record) as bench:
             yield from map(bench.run, seeds)
         return
     context = multiprocessing.get_context("spawn")
@@ -354,7 +380,7 @@ _bench: Any = None
 
 def _start_worker(job: _Job) -> None:
     global _bench  # noqa: PLW0603 (one world and one policy for each process of the pool)
-    _bench = Bench(job.source(), job.task, job.randomisation)
+    _bench = Bench(job.source(), job.task, job.randomisation, job.record)
 
 
 def _run_in_worker(seed: int) -> EpisodeResult:

@@ -8,14 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
+import msgspec
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from sim_training.assets import Asset, Colour, clutter
 from sim_training.splits import Scenes
 from simplevla.cli import require_choice
 from simplevla.config import Config, build
+from simplevla.embodiment import Embodiment
+from simplevla.motion import FOLLOWING_DELAY_S
+from simplevla.session_record import SessionRecord
+
+Delay = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 PLACEMENT_KEY = 0
 _KEYS = {"textures": 1, "lights": 2, "camera": 3, "table_height": 4, "clutter": 5, "physics": 6,
@@ -38,6 +46,8 @@ class Randomisation(Config):
         latency: 40 to 160 ms pass between a look and the first action that answers it, in which the
             arms rest. The real stack measures 87 ms from the exposure to the bus.
         scenes: which of the task's scenes occur; ``seen`` leaves out what the splits hold out.
+        setpoint_delay_s, look_delay_s: what a robot's calibration found, the least that there is of each;
+            see :meth:`measured`.
     """
 
     textures: bool = False
@@ -49,6 +59,8 @@ class Randomisation(Config):
     actuation: bool = False
     latency: bool = False
     scenes: Scenes = Scenes.ALL
+    setpoint_delay_s: Delay = 0.0
+    look_delay_s: Delay = 0.0
 
     @classmethod
     def none(cls) -> Randomisation:
@@ -72,6 +84,18 @@ class Randomisation(Config):
             require_choice("randomisation", name, [*_KEYS, "all", "none"])
         on = _KEYS if "all" in names else [name for name in names if name != "none"]
         return build({"scenes": scenes, **dict.fromkeys(on, True)}, cls, source="randomisation")
+
+    def measured(self, record: SessionRecord, embodiment: Embodiment) -> Randomisation:
+        """Return the same for a simulator that is as late as ``record`` says the robot is.
+
+        Pictures are as old as they are on the robot, and setpoints take effect as late as there beyond what
+        simulated joints are late anyway.
+        """
+        return msgspec.structs.replace(
+            self,
+            setpoint_delay_s=max(0.0, record.command_delay_s(embodiment) - FOLLOWING_DELAY_S),
+            look_delay_s=record.delivery_s(embodiment),
+        )
 
     def names(self) -> list[str]:
         """Return the switches that are on."""
@@ -163,9 +187,11 @@ def draw(randomisation: Randomisation, seed: int, *, cameras: int) -> Variation:
         strays=_strays(things) if things else (),
         mass_factor=float(physics.uniform(0.7, 1.4)) if physics else 1.0,
         friction_factor=float(physics.uniform(0.7, 1.3)) if physics else 1.0,
-        setpoint_delay_s=float(actuation.uniform(0.0, 0.06)) if actuation else 0.0,
+        setpoint_delay_s=max(
+            randomisation.setpoint_delay_s, float(actuation.uniform(0.0, 0.06)) if actuation else 0.0
+        ),
         drive_gain=float(actuation.uniform(0.8, 1.2)) if actuation else 1.0,
-        think_s=float(latency.uniform(0.04, 0.16)) if latency else 0.0,
+        think_s=max(randomisation.look_delay_s, float(latency.uniform(0.04, 0.16)) if latency else 0.0),
     )
 
 

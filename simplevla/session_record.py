@@ -17,7 +17,7 @@ from msgspec import Meta
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial.transform import Rotation
 
-from simplevla.embodiment import Camera, Embodiment, Pose
+from simplevla.embodiment import Camera, Embodiment, Pose, Vec3
 from simplevla.errors import RecordError
 from simplevla.files import write_atomic
 
@@ -118,6 +118,11 @@ class SessionRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         """Return how much later than its exposure a picture of ``camera`` is stamped, s."""
         return self.delays_s.get(f"{camera}_stamp", 0.0)
 
+    def delivery_s(self, embodiment: Embodiment) -> float:
+        """Return how long the slowest camera's pictures take to the host, s; 0 if not measured."""
+        names = (camera.name for camera in embodiment.cameras)
+        return max((self.delays_s.get(f"{name}_delivery", 0.0) for name in names), default=0.0)
+
     def command_delay_s(self, embodiment: Embodiment) -> float:
         """Return how long the slowest arm takes from a setpoint to its position, s; 0 if not measured."""
         return max((self.delays_s.get(f"{arm.name}_command", 0.0) for arm in embodiment.arms), default=0.0)
@@ -209,6 +214,35 @@ def calibrated(embodiment: Embodiment, record: SessionRecord | None) -> Embodime
     return msgspec.structs.replace(embodiment, arms=arms, cameras=cameras)
 
 
+def simulated(embodiment: Embodiment, record: SessionRecord | None, table_top_m: float) -> Embodiment:
+    """Return :func:`calibrated`, as a simulator is to build it whose table stands at ``table_top_m``.
+
+    What was found moves up or down with the table.
+
+    Raises:
+        RecordError: a lens was measured in pictures of another shape.
+    """
+    placed = calibrated(embodiment, record)
+    if record is None or record.table_top_m is None:
+        return placed
+    lift_m = table_top_m - record.table_top_m
+    arms = tuple(
+        msgspec.structs.replace(
+            arm, base=msgspec.structs.replace(arm.base, xyz_m=_lifted(arm.base.xyz_m, lift_m))
+        )
+        for arm in placed.arms
+    )
+    cameras = tuple(
+        msgspec.structs.replace(
+            camera,
+            position_m=_lifted(camera.position_m, lift_m),
+            look_at_m=_lifted(camera.look_at_m, lift_m),
+        )
+        for camera in placed.cameras
+    )
+    return msgspec.structs.replace(placed, arms=arms, cameras=cameras)
+
+
 def to_matrix(pose: Pose) -> NDArray[np.float64]:
     """Return a pose as a (4, 4) transform, m."""
     matrix = np.eye(4)
@@ -227,6 +261,11 @@ def to_pose(matrix: ArrayLike) -> Pose:
         xyz_m=(float(values[0, 3]), float(values[1, 3]), float(values[2, 3])),
         rpy_rad=(float(rpy[0]), float(rpy[1]), float(rpy[2])),
     )
+
+
+def _lifted(xyz_m: Vec3, lift_m: float) -> Vec3:
+    x, y, z = xyz_m
+    return x, y, z + lift_m
 
 
 class _Versioned(msgspec.Struct):

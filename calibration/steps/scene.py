@@ -19,7 +19,7 @@ from robot_bridge.clearance import TABLE_TOP_M
 from simplevla.embodiment import Embodiment
 from simplevla.errors import RecordError
 from simplevla.files import write_atomic
-from simplevla.session_record import SessionRecord, calibrated, to_matrix
+from simplevla.session_record import SessionRecord, simulated, to_matrix
 
 Array = NDArray[np.float64]
 
@@ -65,38 +65,7 @@ def table_of(
     return height, float(np.arccos(np.clip(up[2], -1.0, 1.0)))
 
 
-def simulated(embodiment: Embodiment, record: SessionRecord) -> Embodiment:
-    """Return the robot as a simulator is to build it: all that was found, over a table at its usual height.
-
-    The simulator's table stands at a fixed height, so what was found moves up or down with the table.
-    """
-    placed = calibrated(embodiment, record)
-    if record.table_top_m is None:
-        return placed
-    lift = TABLE_TOP_M - record.table_top_m
-    arms = tuple(
-        msgspec.structs.replace(
-            arm, base=msgspec.structs.replace(arm.base, xyz_m=_lifted(arm.base.xyz_m, lift))
-        )
-        for arm in placed.arms
-    )
-    cameras = tuple(
-        msgspec.structs.replace(
-            camera,
-            position_m=_lifted(camera.position_m, lift),
-            look_at_m=_lifted(camera.look_at_m, lift),
-        )
-        for camera in placed.cameras
-    )
-    return msgspec.structs.replace(placed, arms=arms, cameras=cameras)
-
-
 def write_scene(embodiment: Embodiment, record: SessionRecord, path: Path) -> None:
     """Write the robot as a simulator is to build it, as an embodiment's .yaml file."""
-    text = yaml.safe_dump(msgspec.to_builtins(simulated(embodiment, record)), sort_keys=False)
+    text = yaml.safe_dump(msgspec.to_builtins(simulated(embodiment, record, TABLE_TOP_M)), sort_keys=False)
     write_atomic(path, text.encode())
-
-
-def _lifted(xyz_m: tuple[float, float, float], lift_m: float) -> tuple[float, float, float]:
-    x, y, z = xyz_m
-    return x, y, z + lift_m

@@ -24,8 +24,10 @@ from sim_training.randomisation import Randomisation, Variation, draw
 from sim_training.tasks import load_task
 from sim_training.tasks.move_can_pot import CAN, POT
 from sim_training.world import World
-from simplevla.embodiment import Embodiment
+from simplevla.embodiment import Embodiment, load_embodiment
 from simplevla.errors import ConfigError
+from simplevla.motion import FOLLOWING_DELAY_S
+from simplevla.session_record import SessionRecord
 
 SWITCHES = Randomisation.all().names()
 OWN = {
@@ -50,6 +52,21 @@ def described(variation: Variation) -> dict[str, str]:
         out[name] = (surface.colour, None if surface.texture is None else surface.texture.tobytes())
     out["strays"] = [(plain(s.asset), s.xy_m, s.yaw_rad) for s in out["strays"]]
     return {name: repr(value) for name, value in out.items()}
+
+
+def test_a_simulator_is_at_least_as_late_as_the_calibrated_robot() -> None:
+    robot = load_embodiment("piper_dual")
+    delays = {"left_command": 0.05, "right_command": 0.07, "head_stamp": 0.02, "head_delivery": 0.08}
+    record = SessionRecord(created_ns=1, embodiment=robot.name, serials={}, checks=(), delays_s=delays)
+    as_it_is = Randomisation.none().measured(record, robot)
+    plain = draw(as_it_is, 0, cameras=1)
+    assert plain.setpoint_delay_s == pytest.approx(0.07 - FOLLOWING_DELAY_S)
+    assert plain.think_s == pytest.approx(0.08)
+    for seed in range(5):
+        drawn = draw(Randomisation.all(), seed, cameras=1)
+        both = draw(Randomisation.all().measured(record, robot), seed, cameras=1)
+        assert both.setpoint_delay_s == max(drawn.setpoint_delay_s, plain.setpoint_delay_s)
+        assert both.think_s == max(drawn.think_s, plain.think_s)
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
