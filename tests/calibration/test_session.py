@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -15,23 +16,26 @@ from scipy.spatial.transform import Rotation
 from calibration import offline
 from calibration.guide import TwinGuide
 from calibration.session import Job, calibrate_all, opened
-from calibration.settings import load_settings
+from calibration.settings import LatencyMotion, load_settings
 from calibration.steps.bench import Bench
 from calibration.steps.check import check_record
 from calibration.steps.checks import difference
-from calibration.steps.scene import simulated, write_scene
+from calibration.steps.scene import write_scene
 from robot_bridge.bringup import Settings as Bringup
 from robot_bridge.bringup import processes
+from robot_bridge.clearance import TABLE_TOP_M
 from robot_bridge.rig import load_rig
 from robot_bridge.twin.control import TwinTruth
 from robot_bridge.twin.metal import Metal
 from simplevla.cli import main
 from simplevla.embodiment import load_embodiment
+from simplevla.errors import RecordError
 from simplevla.session_record import (
     SessionRecord,
     load_session_record,
     require_valid,
     save_session_record,
+    simulated,
     to_matrix,
     to_pose,
 )
@@ -42,7 +46,8 @@ RIG = load_rig("twin_single")
 ROBOT = RIG.load_embodiment()
 CAMERA = ROBOT.camera("head")
 ZERO_RAD = 0.012
-BUSY = 0.9  # of real time: a twin that is slower is later than it can know
+WITHIN_S = 0.005
+LOST_S = 0.1  # how much later than it can know a twin may be that keeps none of real time
 
 
 def shifted(pose: np.ndarray, xyz_m: tuple[float, ...], rpy_deg: tuple[float, ...]) -> np.ndarray:
@@ -63,6 +68,14 @@ METAL = Metal(
 
 
 @dataclass(frozen=True)
+class Swung:
+    """What the twin said right after the swing, and how much of real time it had kept by then."""
+
+    truth: TwinTruth
+    pace: float
+
+
+@dataclass(frozen=True)
 class Session:
     """What a session left behind, and the bench it was made on, still open."""
 
@@ -70,20 +83,37 @@ class Session:
     bench: Bench
     record: SessionRecord
     truth: TwinTruth
-    pace: float
+    swung: Swung
+
+    @property
+    def busy(self) -> bool:
+        """Whether the machine left the twin so little time that delays say nothing."""
+        return self.swung.pace < 0.9
 
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     folder = tmp_path_factory.mktemp("session")
+    swing = LatencyMotion(joint="joint1", amplitude_rad=0.12, period_s=1.2, cycles=4)
     settings = msgspec.structs.replace(
-        load_settings(), poses=9, check_poses=7, pictures=1, speed=0.8, settle_s=0.3
+        load_settings(), poses=8, check_poses=7, pictures=1, speed=0.8, settle_s=0.2, latency=swing
     )
-    job = Job(RIG, settings, folder / "session.json", folder, say=print, metal=METAL, window=False)
+    swung: list[Swung] = []
+
+    def say(line: str) -> None:
+        print(f"{time.monotonic() - began_s:6.1f} s  {line}")
+        if " latency head right" in line:
+            guide = bench.guide
+            assert isinstance(guide, TwinGuide)
+            swung.append(Swung(guide.truth(), guide.kept()))
+
+    began_s = time.monotonic()
+    job = Job(RIG, settings, folder / "session.json", folder, say=say, metal=METAL, window=False)
     with opened(job) as bench:
         assert isinstance(bench.guide, TwinGuide)
         record = calibrate_all(bench, job)
-        yield Session(job, bench, record, bench.guide.truth(), bench.guide.pace)
+        say("record written")
+        yield Session(job, bench, record, bench.guide.truth(), swung[0])
 
 
 def test_the_camera_is_found_where_it_truly_is(session: Session) -> None:
@@ -103,15 +133,14 @@ def test_a_joint_whose_zero_is_off_is_found(session: Session) -> None:
 
 
 def test_a_clock_and_an_arm_that_are_late_are_found_within_5_ms(session: Session) -> None:
-    if session.pace < BUSY:
-        pytest.skip(f"this machine is too busy: the twin kept {session.pace:.2f} of real time")
-    found, true = session.record.delays_s, session.truth.delays_s
+    found, true = session.record.delays_s, session.swung.truth.delays_s
+    if not found and session.busy:
+        pytest.skip(f"no swing kept time: the twin kept {session.swung.pace:.2f} of real time")
     assert set(found) == {"head_stamp", "head_delivery", "right_command"}
-    for name in ("head_stamp", "right_command"):
-        assert found[name] == pytest.approx(true[name], abs=0.005), name
-    # The twin's truth ends where its picture is whole; the software device and the driver, which
-    # poll for it and convert it, are in what is found: some 10 ms more.
-    assert -0.005 < found["head_delivery"] - true["head_delivery"] < 0.02
+    lost_s = LOST_S * (1 - session.swung.pace) if session.busy else 0.0
+    for name, seconds in found.items():
+        assert seconds == pytest.approx(true[name], abs=WITHIN_S + lost_s), name
+    assert true["head_delivery"] == pytest.approx(0.07, abs=0.002 + lost_s)
 
 
 def test_the_table_is_found(session: Session) -> None:
@@ -122,15 +151,17 @@ def test_bring_up_accepts_the_record(session: Session) -> None:
     record = load_session_record(session.job.path)
     assert record == session.record
     passed = {check.name: check.passed for check in record.checks}
-    busy = session.pace < BUSY
-    assert all(ok or (busy and name.startswith("latency")) for name, ok in passed.items()), passed
+    assert all(ok or (session.busy and name.startswith("latency")) for name, ok in passed.items()), passed
     kinds = {name.partition(" ")[0] for name in passed}
     assert kinds == {"hand_eye", "latency", "arms", "scene"}
-    if not record.passed:
-        pytest.skip("this machine is too busy for the delays, without which no record is good")
-    require_valid(
-        record, embodiment="piper_single", serials=RIG.cameras, now_ns=time.time_ns(), max_age_s=3600
+    valid = partial(
+        require_valid, embodiment="piper_single", serials=RIG.cameras, now_ns=time.time_ns(), max_age_s=3600
     )
+    if not record.passed:  # a busy machine: without delays no record is good
+        with pytest.raises(RecordError):
+            valid(record)
+        return
+    valid(record)
     described = processes(Bringup(rig="twin_single", session_record=session.job.path))
     told = [p.name for p in described if f"session_record:={session.job.path}" in " ".join(p.command)]
     assert told == ["arms", "policy"]
@@ -139,7 +170,7 @@ def test_bring_up_accepts_the_record(session: Session) -> None:
 def test_the_simulators_scene_has_everything_where_it_is(session: Session, tmp_path: Path) -> None:
     write_scene(ROBOT, session.record, tmp_path / "scene.yaml")
     scene = load_embodiment(str(tmp_path / "scene.yaml"))
-    assert scene == simulated(ROBOT, session.record)
+    assert scene == simulated(ROBOT, session.record, TABLE_TOP_M)
     apart_mm, turned_deg = difference(scene.camera("head").pose_in_world(), WHERE)
     assert apart_mm < 2.5  # the table's height is in it as well
     assert turned_deg < 0.05
@@ -151,9 +182,8 @@ def test_what_was_seen_can_be_computed_again_without_the_robot(session: Session)
     assert check.passed
     assert check.figures["moved_mm"] < 0.5
     swing = session.job.folder / "swing_right_head.npz"
-    assert main(["calibrate", "latency", "--samples", str(swing)]) in (
-        (0,) if session.pace > BUSY else (0, 1, 2)
-    )
+    status = main(["calibrate", "latency", "--samples", str(swing)])
+    assert status == 0 or (session.busy and status in (1, 2))
 
 
 def test_the_quick_check_passes_and_then_notices_a_camera_that_moved_by_5_mm(session: Session) -> None:
@@ -172,7 +202,7 @@ def test_the_quick_check_passes_and_then_notices_a_camera_that_moved_by_5_mm(ses
         bench.guide.alter(Metal(camera_in_world={"head": to_pose(WHERE)}))
     assert not bad.passed
     assert bad.figures["moved_mm"] == pytest.approx(5.0, abs=1.0)
-    assert took_s < 60 or session.pace < BUSY
+    assert took_s < 60 or session.busy
     assert bad.figures["turned_deg"] < 0.4
 
 
