@@ -1,12 +1,15 @@
 """How well the camera is found, beside OpenCV's methods, on pictures with a known truth.
 
-Random rigs, 15 planned poses each; the board is photographed by SAPIEN with a distorting lens, blur,
-varying exposure and sensor noise, and the joints are read off by 0.1 deg. All methods get the same corners,
-the same intrinsics (the true ones) and the same readings.
+Random rigs, 15 poses each, planned as `simplevla calibrate` plans them; the board is photographed by
+SAPIEN with a distorting lens, blur, varying exposure and sensor noise, and the joints are read off by
+0.1 deg. All methods get the same corners, the same intrinsics (the true ones) and the same readings. The
+Cramer-Rao bound beside them is what no unbiased estimator can go below in these poses, on average, with
+Gaussian noise of this size in joints and corners.
 
     python -m benchmarks.calibration                      # 50 rigs, 750 pictures
     python -m benchmarks.calibration --rigs 5             # a short look
-    python -m benchmarks.calibration --synthetic          # true corners with 0.15 px of noise, no pictures
+    python -m benchmarks.calibration --synthetic          # true corners with 0.1 px of noise, no pictures
+    python -m benchmarks.calibration --random-poses       # poses drawn at random instead of planned
 """
 
 from __future__ import annotations
@@ -22,12 +25,13 @@ from typing import get_args
 
 import numpy as np
 
-from benchmarks.calibration_rigs import BOARD, JOINT_NOISE_DEG, NoiseKind, Rig, rigs, the_arm
+from benchmarks.calibration_rigs import BOARD, JOINT_NOISE_DEG, NOISE_PX, NoiseKind, Rig, rigs, the_arm
 from calibration.detection import Detection, board_pose, mirrored
 from calibration.faults import DegenerateMotionError
 from calibration.geometry import Array, difference, inverse, log_rotation, transform
 from calibration.hand_eye import HandEye, HandEyeOptions, calibrate_hand_eye
-from calibration.refinement import Setup
+from calibration.observability import Noise, RigGeometry, information
+from calibration.refinement import JointMotion, Setup
 from calibration.samples import View
 from calibration.starts import HAND_EYE, ROBOT_WORLD, opencv_hand_eye
 from simplevla.cli import whole_number
@@ -50,12 +54,14 @@ class Outcome:
     Attributes:
         errors: {kind of joint noise: {method: (6,) error of the camera's pose, not a number if it failed}}.
         distances: {kind: our error in units of the covariance that we state, squared}.
+        bounds: {kind: (2,) the Cramer-Rao bound of the root mean square error, m and rad}.
         with_outliers: {kind: {method: (6,) error with a fifth of the views wrong}}.
         named: whether degenerate motion was named; cured: whether the proposed poses cured it.
     """
 
     errors: dict[str, dict[str, Array]]
     distances: dict[str, float]
+    bounds: dict[str, Array]
     with_outliers: dict[str, dict[str, Array]]
     named: bool
     cured: bool
@@ -72,6 +78,9 @@ def main() -> int:
     parser.add_argument("--setup", choices=get_args(Setup), default="eye-to-hand")
     parser.add_argument("--seed", type=whole_number(0, 2**31), default=0, help="(default: 0)")
     parser.add_argument("--synthetic", action="store_true", help="render nothing")
+    parser.add_argument(
+        "--random-poses", action="store_true", help="draw poses that show the board, plan none"
+    )
     parser.add_argument(
         "--cache",
         type=Path,
@@ -93,13 +102,17 @@ def main() -> int:
             seed=args.seed,
             rendered=not args.synthetic,
             cache=args.cache,
+            planned=not args.random_poses,
         )
         outcomes = measure(_counted(drawn, args.rigs), seed=args.seed)
     except SimplevlaError as error:
         print(f"calibration: {error}", file=sys.stderr)
         return 2
-    seen = "true corners with 0.15 px of noise" if args.synthetic else "pictures rendered by SAPIEN"
-    print(f"{args.setup}, {args.rigs} rigs x {args.poses} poses, {seen}, 640x480, seed {args.seed}")
+    seen = (
+        f"true corners with {NOISE_PX:g} px of noise" if args.synthetic else "pictures rendered by SAPIEN"
+    )
+    how = "random" if args.random_poses else "planned"
+    print(f"{args.setup}, {args.rigs} rigs x {args.poses} {how} poses, {seen}, 640x480, seed {args.seed}")
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print(report(outcomes))
     if args.plot is not None:
@@ -138,7 +151,14 @@ def report(outcomes: list[Outcome]) -> str:
         inside = np.mean([o.distances[kind] < _CHI2_95 for o in outcomes])
         middle, spoilt = float(np.nanmedian(ours)), float(np.nanmedian(wrong))
         ratio = _median([o.errors[kind][best] for o in outcomes]) / middle
+        bound_m, bound_rad = np.sqrt(np.mean([o.bounds[kind] ** 2 for o in outcomes], axis=0))
+        rms_mm, rms_deg = (
+            float(np.sqrt(np.nanmean(values**2)))
+            for values in _lengths([o.errors[kind][OURS] for o in outcomes])
+        )
         lines += [
+            f"Cramer-Rao bound, root mean square: {1e3 * bound_m:.3f} mm, {np.rad2deg(bound_rad):.4f} deg; "
+            f"ours: {rms_mm:.3f} mm, {rms_deg:.4f} deg",
             f"best of OpenCV's five and a plain Tsai: {best}, {ratio:.2f}x our translation error",
             f"true errors inside our 95 % ellipsoid: {inside:.0%}",
             f"with a fifth of the views wrong: ours {middle:.3f} -> {spoilt:.3f} mm "
@@ -174,7 +194,7 @@ def plot(outcomes: list[Outcome], path: Path) -> None:
 
 
 def _outcome(rig: Rig, chain: Chain, rng: np.random.Generator, kinds: Sequence[NoiseKind]) -> Outcome:
-    errors, distances, with_outliers = {}, {}, {}
+    errors, distances, bounds, with_outliers = {}, {}, {}, {}
     for kind in kinds:
         joints = rig.readings(kind, rng)
         errors[kind], found = _all(rig, joints, chain)
@@ -182,12 +202,26 @@ def _outcome(rig: Rig, chain: Chain, rng: np.random.Generator, kinds: Sequence[N
         distances[kind] = (
             float("inf") if found is None else float(error @ np.linalg.solve(found.covariance, error))
         )
+        bounds[kind] = _bound(rig, chain, kind)
         wrong = joints.copy()
         bad = rng.choice(len(joints), round(_OUTLIER_SHARE * len(joints)), replace=False)
         wrong[bad] += rng.normal(0, 0.3, wrong[bad].shape)
         with_outliers[kind], _ = _all(rig, wrong, chain)
     named, cured = _degenerate(rig, chain, rng)
-    return Outcome(errors, distances, with_outliers, named, cured, rig.corner_errors_px(chain))
+    return Outcome(errors, distances, bounds, with_outliers, named, cured, rig.corner_errors_px(chain))
+
+
+def _bound(rig: Rig, chain: Chain, kind: NoiseKind) -> Array:
+    """Return (2,) the least root mean square error of the camera's position, m, and turn, rad.
+
+    The corners are taken to be as noisy as those of this rig were, and all of them to be seen.
+    """
+    joint_rad = float(np.deg2rad(JOINT_NOISE_DEG)) / (np.sqrt(3) if kind == "uniform" else 1)
+    noise = Noise(pixel_px=float(rig.corner_errors_px(chain).std()), joint_rad=joint_rad)
+    geometry = RigGeometry(rig.setup, rig.camera, BOARD, rig.camera_pose, rig.board_pose, chain)
+    told = information(geometry, JointMotion(chain, rig.joints_rad, joint_rad), noise)
+    covariance = np.linalg.inv(told.sum(axis=0))
+    return np.sqrt([np.trace(covariance[:3, :3]), np.trace(covariance[3:6, 3:6])])
 
 
 def _all(rig: Rig, joints: Array, chain: Chain) -> tuple[dict[str, Array], HandEye | None]:
@@ -279,7 +313,7 @@ def _degenerate(rig: Rig, chain: Chain, rng: np.random.Generator) -> tuple[bool,
 
 def _noisy(rig: Rig, chain: Chain, q: Array, rng: np.random.Generator) -> Detection:
     corners = rig.true_corners_px(chain, q)
-    return Detection(np.arange(len(corners)), corners + rng.normal(0, 0.15, corners.shape))
+    return Detection(np.arange(len(corners)), corners + rng.normal(0, NOISE_PX, corners.shape))
 
 
 def _shown(rig: Rig, chain: Chain, q: Array) -> bool:

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.calibration_rigs import Rig, rigs, the_arm
+from benchmarks.calibration_rigs import NOISE_PX, Rig, rigs, the_arm
 from calibration.detection import Detection
 from calibration.geometry import Array
 from calibration.samples import View
 
-NOISE_PX = 0.15
 ARM, CHAIN = the_arm()
 
 

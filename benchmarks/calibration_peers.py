@@ -82,11 +82,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Return the medians of each solver, and how many times our error its error is.
 
     The levels of noise differ by a factor of fifty, so that medians over all of them say little; the last
-    columns are means of the logarithm of (its error / ours), sequence by sequence.
+    columns are means of the logarithm of (its error / ours), sequence by sequence, and its standard error.
     """
     columns = ("X_trans_err_mm", "X_rot_err_deg", "Y_trans_err_mm", "Y_rot_err_deg")
     ours = {row["sequence_id"]: row for row in rows if row["solver"] == OURS}
-    figures: dict[str, tuple[list[float], list[float]]] = {}
+    figures: dict[str, tuple[list[float], list[tuple[float, float]]]] = {}
     for name in sorted({row["solver"] for row in rows}):
         own = [row for row in rows if row["solver"] == name and row["ok"]]
         medians = [_middle([row.get(column, np.nan) for row in own]) for column in columns]
@@ -97,10 +97,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         figures[name] = (medians, ratios)
     heads = ("X mm", "X deg", "Y mm", "Y deg")
     lines = [f"{'kinhec, noise track':20}" + "".join(f"{h:>9}" for h in heads) + "   times our error"]
-    for name in sorted(figures, key=lambda n: figures[n][1][0]):
+    for name in sorted(figures, key=lambda n: figures[n][1][0][0]):
         medians, ratios = figures[name]
         cells = "".join(f"{v:9.3f}" if np.isfinite(v) else f"{'-':>9}" for v in medians)
-        times = "".join(f"{v:7.2f}x" if np.isfinite(v) else f"{'-':>8}" for v in ratios)
+        times = "".join(
+            f"{v:7.2f}x +-{100 * s:3.0f}%" if np.isfinite(v) else f"{'-':>14}" for v, s in ratios
+        )
         lines.append(f"{name:20}{cells}  {times}")
     return "\n".join([*lines, f"{len(ours)} sequences"])
 
@@ -110,7 +112,9 @@ def _middle(values: list[float]) -> float:
     return float(np.median(good)) if good else float("nan")
 
 
-def _mean_ratio(pairs: list[tuple[float, float]]) -> float:
-    """Return the geometric mean of first over second."""
+def _mean_ratio(pairs: list[tuple[float, float]]) -> tuple[float, float]:
+    """Return the geometric mean of first over second, and the standard error of its logarithm."""
     logs = [np.log(a / b) for a, b in pairs if np.isfinite(a) and np.isfinite(b) and a > 0 and b > 0]
-    return float(np.exp(np.mean(logs))) if logs else float("nan")
+    if not logs:
+        return float("nan"), float("nan")
+    return float(np.exp(np.mean(logs))), float(np.std(logs) / np.sqrt(len(logs)))

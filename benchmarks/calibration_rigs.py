@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -14,7 +16,7 @@ from calibration.board import DEFAULT_BOARD, board_picture, plate_size_m
 from calibration.camera import CameraModel
 from calibration.detection import BoardDetector, Detection
 from calibration.geometry import Array, exp_rotation, inverse, moved, shifted, transform
-from calibration.observability import RigGeometry, plan_poses
+from calibration.observability import RigGeometry, plan_poses, visible_joints
 from calibration.refinement import Setup
 from simplevla.embodiment import Arm, load_embodiment
 from simplevla.files import write_atomic
@@ -23,6 +25,7 @@ from simplevla.kinematics import Chain, arm_chain
 BOARD = DEFAULT_BOARD
 WIDTH, HEIGHT, FOCAL_PX = 640, 480, 605.0
 JOINT_NOISE_DEG = 0.1
+NOISE_PX = 0.1  # of corners where no pictures are rendered; those of rendered ones are three times better
 
 _KNOWN_M, _KNOWN_RAD = 0.01, 0.02  # how well a rig is known when its poses are planned
 _LOWEST_M = 0.05  # gripper above the arm's base plate
@@ -68,6 +71,7 @@ class Rig:
         return self.camera.project(BOARD.corners_m() @ pose[:3, :3].T + pose[:3, 3])
 
 
+@lru_cache(maxsize=1)
 def the_arm() -> tuple[Arm, Chain]:
     """Return the arm of all rigs: a Piper."""
     arm = load_embodiment("piper_single").arms[0]
@@ -81,7 +85,14 @@ def board_in_camera(setup: Setup, gripper: Array, camera_pose: Array, board_pose
 
 
 def rigs(
-    count: int, *, poses: int, setup: Setup, seed: int, rendered: bool, cache: Path | None
+    count: int,
+    *,
+    poses: int,
+    setup: Setup,
+    seed: int,
+    rendered: bool,
+    cache: Path | None,
+    planned: bool = True,
 ) -> Iterator[Rig]:
     """Yield ``count`` random rigs.
 
@@ -91,8 +102,10 @@ def rigs(
         setup: where the camera is.
         seed: decides all of them.
         rendered: whether pictures are rendered and corners found in them; else the true corners with
-            0.15 px of noise are taken.
-        cache: folder in which what was found in rendered pictures is kept.
+            ``NOISE_PX`` of noise are taken.
+        cache: folder in which what was found in rendered pictures is kept; remove it when the detector
+            changes.
+        planned: whether poses are planned as on a robot, or drawn at random where the board is seen.
     """
     from contextlib import ExitStack
 
@@ -100,11 +113,12 @@ def rigs(
         studio = None
         for index in range(count):
             rng = np.random.default_rng([seed, index, len(setup)])
-            rig = _draw(rng, setup, poses)
+            rig = _draw(rng, setup, poses, planned=planned)
             if not rendered:
                 yield _seen_without_rendering(rig, rng)
                 continue
-            kept = None if cache is None else cache / f"{setup}_{seed}_{poses}_{index}.msgpack"
+            shown = zlib.crc32(rig.joints_rad.tobytes())
+            kept = None if cache is None else cache / f"{setup}_{seed}_{index}_{shown:08x}.msgpack"
             if kept is not None and kept.exists():
                 yield _with_corners(rig, msgspec.msgpack.decode(kept.read_bytes()))
                 continue
@@ -116,8 +130,8 @@ def rigs(
             yield _with_corners(rig, found)
 
 
-def _draw(rng: np.random.Generator, setup: Setup, poses: int) -> Rig:
-    """Return a rig whose pictures are still to be taken, its poses planned as they would be on a robot."""
+def _draw(rng: np.random.Generator, setup: Setup, poses: int, *, planned: bool = True) -> Rig:
+    """Return a rig whose pictures are still to be taken."""
     arm, chain = the_arm()
     lower = np.array([joint.lower_rad for joint in arm.joints])
     upper = np.array([joint.upper_rad for joint in arm.joints])
@@ -143,17 +157,19 @@ def _draw(rng: np.random.Generator, setup: Setup, poses: int) -> Rig:
             camera_pose,
             np.concatenate([rng.normal(0, _KNOWN_M, 3), rng.normal(0, _KNOWN_RAD, 3)]),
         )
-        planned = plan_poses(
-            RigGeometry(setup, camera, BOARD, roughly, board_pose, chain),
-            lower=lower,
-            upper=upper,
-            count=poses,
-            rng=rng,
-            allowed=lambda q: bool(chain.forward(q)[2, 3] > _LOWEST_M),
-        )
-        if len(planned) == poses:
-            joints = np.array([pose.joints_rad for pose in planned])
+        geometry = RigGeometry(setup, camera, BOARD, roughly, board_pose, chain)
+        ask: dict[str, Any] = {"lower": lower, "upper": upper, "rng": rng, "allowed": _above_the_table}
+        if planned:
+            plan = plan_poses(geometry, count=poses, **ask)
+            joints = np.array([pose.joints_rad for pose in plan])
+        else:
+            joints = visible_joints(geometry, wanted=poses, **ask)
+        if len(joints) == poses:
             return Rig(setup, camera, camera_pose, board_pose, rng.permutation(joints), ())
+
+
+def _above_the_table(joints_rad: Array) -> bool:
+    return bool(the_arm()[1].forward(joints_rad)[2, 3] > _LOWEST_M)
 
 
 def _eye_to_hand(rng: np.random.Generator) -> tuple[Array, Array]:
@@ -193,7 +209,7 @@ def _seen_without_rendering(rig: Rig, rng: np.random.Generator) -> Rig:
     detections = []
     for q in rig.joints_rad:
         corners = rig.true_corners_px(chain, q)
-        detections.append(Detection(ids, corners + rng.normal(0, 0.15, corners.shape)))
+        detections.append(Detection(ids, corners + rng.normal(0, NOISE_PX, corners.shape)))
     return _with(rig, detections)
 
 
