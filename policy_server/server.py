@@ -254,12 +254,18 @@ class PolicyServer:
 
     def _work(self) -> None:
         while not self._stop.is_set():
-            with self._at_door:
+            # Not for ever: a signal that comes just before the main thread begins to wait for a lock does
+            # not end that wait, and is heard of only after it.
+            if not self._at_door.acquire(timeout=_POLL_S):
+                continue
+            try:
                 jobs = self._wait_for_turn()
                 if 0 < self._schedule.usual_s < _BRIEF_S:
                     # To hand the door over would take longer than the answers do.
                     self._answer_in_turn(jobs)
                     continue
+            finally:
+                self._at_door.release()
             self._answer_in_turn(jobs)
 
     def _answer_in_turn(self, jobs: list[Job]) -> None:
