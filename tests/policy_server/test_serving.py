@@ -324,3 +324,15 @@ def test_an_inference_that_never_ends_is_not_well(
         assert says["busy_s"] > 0.01
         session.pause.set()
         hear(raw)
+
+
+def test_who_waits_for_the_door_looks_up_now_and_then(policy: ServedPolicy) -> None:
+    # So a signal is heard of that came just before the main thread began to wait.
+    with PolicyServer(policy, "tcp://127.0.0.1:*") as server:
+        with server._at_door:
+            thread = threading.Thread(target=server.serve)
+            thread.start()
+            server._stop.set()
+            wait_for(lambda: all(other.name != "policy-server" for other in threading.enumerate()))
+        thread.join(10)
+        assert not thread.is_alive()
