@@ -32,8 +32,7 @@ _log = logging.getLogger(__name__)
 @dataclass
 class _Connection:
     who: Any
-    taken_bytes: int
-    has_given: bool = False  # a whole message since the last look
+    taken_bytes: int = 0
 
 
 class Backlog:
@@ -49,14 +48,14 @@ class Backlog:
         self._router = router
         self._limit_bytes = limit_bytes
         self._connections: dict[int, _Connection] = {}
+        self._gave: set[int] = set()  # a whole message since the last look
         self._monitor = router.get_monitor_socket(zmq.EVENT_ACCEPTED)
         self._checked_s = 0.0
 
     def took(self, frame: zmq.Frame) -> None:
         """Take note that a whole message was taken, of which ``frame`` is a part."""
         with contextlib.suppress(zmq.ZMQError):
-            if connection := self._connections.get(int(frame.get(zmq.SRCFD))):
-                connection.has_given = True
+            self._gave.add(int(frame.get(zmq.SRCFD)))
 
     def check(self, now_s: float, *, all_taken: bool) -> None:
         """Hang up on who has brought too much without an end; does nothing if it has just looked.
@@ -72,19 +71,19 @@ class Backlog:
         while self._monitor.poll(0):
             handle = int(recv_monitor_message(self._monitor)["value"])
             if (who := _peer(handle)) is not None:
-                # What it has brought by now may be whole messages that were taken before this look.
-                self._connections[handle] = _Connection(who, _received_bytes(handle))
+                self._connections[handle] = _Connection(who)
         for handle, connection in list(self._connections.items()):
             # The number may be another connection's by now.
             if _peer(handle) != connection.who:
                 del self._connections[handle]
-            elif connection.has_given:
-                connection.taken_bytes, connection.has_given = _received_bytes(handle), False
+            elif handle in self._gave:
+                connection.taken_bytes = _received_bytes(handle)
             elif _received_bytes(handle) - connection.taken_bytes > self._limit_bytes:
                 _log.warning("a client sends a message without an end; it is hung up on")
                 del self._connections[handle]
                 with contextlib.suppress(OSError), socket.socket(fileno=os.dup(handle)) as peer:
                     peer.shutdown(socket.SHUT_RDWR)
+        self._gave.clear()
 
     @property
     def is_needed(self) -> bool:
