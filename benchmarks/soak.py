@@ -47,6 +47,7 @@ from simplevla.observation import Observation
 COUNTS = ("asked", "answered", "refused", "unanswered", "twice", "wrong", "nonsense")
 _TIMEOUT_S = 20.0
 _MAX_GROWTH_MIB = 16.0
+_MAX_MORE_FILES = 64
 _GONE_S = 10.0
 _SETTLED = 0.3  # of the time: until then caches and pools may fill
 
@@ -92,6 +93,8 @@ class Result:
             f"memory grew by {grown:.1f} MiB": grown > _MAX_GROWTH_MIB,
             f"{self.left.rings} shared memories are left": self.left.rings > 0,
             "threads are left": self.left.threads > self.settled.threads,
+            f"{self.left.files} files are left open": self.left.files > self.settled.files,
+            "ever more files are open": self.last.files > self.settled.files + _MAX_MORE_FILES,
         }
         return [what for what, is_so in found.items() if is_so]
 

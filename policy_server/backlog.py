@@ -13,6 +13,7 @@ import os
 import socket
 import struct
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +82,7 @@ class Backlog:
             elif _received_bytes(handle) - connection.taken_bytes > self._limit_bytes:
                 _log.warning("a client sends a message without an end; it is hung up on")
                 del self._connections[handle]
-                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(handle)) as peer:
+                with contextlib.suppress(OSError), _same(handle) as peer:
                     peer.shutdown(socket.SHUT_RDWR)
         self._gave.clear()
 
@@ -104,7 +105,7 @@ def is_possible() -> bool:
 def _peer(handle: int) -> Any:
     """Return who is at the other end of a TCP connection; None if ``handle`` is none."""
     try:
-        with socket.socket(fileno=os.dup(handle)) as copy:
+        with _same(handle) as copy:
             return copy.getpeername() if copy.family in (socket.AF_INET, socket.AF_INET6) else None
     except OSError:
         return None
@@ -112,8 +113,21 @@ def _peer(handle: int) -> Any:
 
 def _received_bytes(handle: int) -> int:
     try:
-        with socket.socket(fileno=os.dup(handle)) as copy:
+        with _same(handle) as copy:
             info = copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
         return int(_RECEIVED.unpack(info)[0])
     except (OSError, struct.error):
         return 0
+
+
+@contextlib.contextmanager
+def _same(handle: int) -> Iterator[socket.socket]:
+    """Yield a socket of our own for the one that ZMQ has; OSError if ``handle`` is none any more."""
+    own = os.dup(handle)
+    try:
+        copy = socket.socket(fileno=own)
+    except OSError:
+        os.close(own)
+        raise
+    with copy:
+        yield copy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 import time
@@ -67,6 +68,18 @@ def test_who_never_ends_a_message_is_hung_up_on() -> None:
         other.sendall(part(more=True, size=10) + part(more=False, size=10))
         got = [received for _ in range(50) for received in door.receive(0.02)]
         assert [len(received.parts) for received in got] == [2]
+
+
+def test_looking_at_what_is_no_connection_any_more_leaves_no_file_open() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    event = os.eventfd(0)
+    try:
+        for handle in (event, 10_000):
+            assert backlog._peer(handle) is None
+            assert backlog._received_bytes(handle) == 0
+        assert len(os.listdir("/proc/self/fd")) == before + 1
+    finally:
+        os.close(event)
 
 
 def test_who_brings_much_before_the_first_look_is_no_offender() -> None:
