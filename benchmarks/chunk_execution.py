@@ -33,6 +33,7 @@ from simplevla.observation import Observation
 
 Array = NDArray[np.float64]
 
+_TELL_EVERY = 50
 _MODES = [mode.value for mode in ExecutionMode]
 
 
@@ -167,7 +168,11 @@ def main() -> None:
         for mode in args.modes:
             began_s, delays = time.monotonic(), DelayEstimate()
             run = _runner(policy, world, mode, bundle.manifest.dt_s, (low / 1000, high / 1000), delays)
-            episodes = [run(seed) for seed in range(args.seed, args.seed + args.episodes)]
+            episodes: list[Episode] = []
+            for seed in range(args.seed, args.seed + args.episodes):
+                episodes.append(run(seed))
+                if len(episodes) % _TELL_EVERY == 0:
+                    print(f"{mode}: {sum(e.success for e in episodes)} of {len(episodes)}", flush=True)
             lines.append(summary(mode, episodes))
             print(f"{lines[-1]}  ({time.monotonic() - began_s:.0f} s)", flush=True)
     if args.report is not None:

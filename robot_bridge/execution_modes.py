@@ -109,14 +109,17 @@ class DelayEstimate:
 
     def seconds(self) -> float:
         """Return the estimate, s; 0 before the first."""
-        if not self._delays:
-            return 0.0
-        count = len(self._delays)
-        return (1 + 1 / count) * float(np.quantile(list(self._delays), _DELAY_QUANTILE, method="lower"))
+        return self._quantile(_DELAY_QUANTILE)
 
     def typical_s(self) -> float:
-        """Return the median of the last delays, s; 0 before the first."""
-        return float(np.median(self._delays)) if self._delays else 0.0
+        """Return the same for the median, s."""
+        return self._quantile(0.5)
+
+    def _quantile(self, share: float) -> float:
+        if not self._delays:
+            return 0.0
+        few = 1 + 1 / len(self._delays)
+        return few * float(np.quantile(list(self._delays), share, method="lower"))
 
 
 @dataclass(frozen=True)

@@ -277,12 +277,12 @@ class PolicyNode(ManagedNode):
             self._joints.add(stamp_ns(message.header.stamp), np.array(message.position))
 
     def _take_executed(self, message: DiagnosticArray) -> None:
+        heard_ns = str(time.time_ns())
         for each in message.status:
             values = {pair.key: pair.value for pair in each.values}
-            if values.get("executed", "").isdigit() and values.get("at_ns", "").isdigit():
-                self._played.add(
-                    stamp_ns(message.header.stamp), int(values["executed"]), int(values["at_ns"])
-                )
+            count, at_ns = values.get("executed", ""), values.get("at_ns", heard_ns)
+            if count.isdigit() and at_ns.isdigit():
+                self._played.add(stamp_ns(message.header.stamp), int(count), int(at_ns))
 
     def _publish_state(self) -> None:
         loop, info = self._loop, self._info

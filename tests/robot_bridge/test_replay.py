@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks.seams import MadeUpPolicy, Setting, compare
+from robot_bridge.chunk_stream import ChunkStream, RecordedAnswer, RecordedPolicy, read_stream
 from robot_bridge.execution_modes import Execution, ExecutionMode
+from robot_bridge.recording import read_recording
 from robot_bridge.replay import replay, seam_steps
 from simplevla.embodiment import load_embodiment
+from simplevla.errors import RecordError
 
 ROBOT = load_embodiment("piper_single")
 JOINTS = np.arange(7) < 6
+STREAM = Path(__file__).parent / "data/chunk_stream"  # a trial's answers alone: receding, horizon 1
 SETTING = Setting(actions=60, seed=1)
 
 
@@ -35,6 +40,41 @@ def test_real_time_chunking_lowers_the_largest_step_and_does_not_stand_and_wait(
     assert real_time.sent.max() < synchronous.sent.max()
     assert (real_time.held, real_time.refused) == (0, 0)
     assert real_time.duration_s < synchronous.duration_s
+
+
+def test_a_recorded_trial_is_played_again_in_every_mode():
+    robot = load_embodiment("piper_dual")
+    stream = read_stream(read_recording(STREAM, images=False))
+    assert (len(stream.answers), stream.length, stream.dt_s) == (60, 61, pytest.approx(0.1))
+    found = compare(
+        lambda: RecordedPolicy(stream, robot), robot, start=stream.start, actions=60, latency_s=(0.1, 0.3)
+    )
+    synchronous, real_time = found[ExecutionMode.SYNCHRONOUS], found[ExecutionMode.REAL_TIME]
+    assert real_time.wanted.max() <= synchronous.wanted.max() / 3
+    assert np.median(real_time.sent) <= 0.6 * np.median(synchronous.sent)
+    assert all(seams.refused == 0 for seams in found.values())
+    assert real_time.held == 0
+
+
+def test_between_two_recorded_answers_the_newest_one_counts_and_beyond_it_the_next():
+    robot = load_embodiment("piper_single")
+    start = robot.home()
+    answers = tuple(
+        RecordedAnswer(first, start + first + np.arange(3)[:, None] / 10) for first in (0, 2, 4)
+    )
+    policy = RecordedPolicy(ChunkStream(answers, 0.1, start, np.array([0.1])), robot)
+    assert (policy.act(start, 1, None)[:, 0] - start[0]).tolist() == pytest.approx([0.1, 0.2, 2.1])
+    assert (policy.act(start, 6, None)[:, 0] - start[0]).tolist() == pytest.approx([4.2, 4.2, 4.2])
+    committed = (start + 0.05)[None].astype(np.float32)
+    assert policy.act(start, 0, committed)[0] == pytest.approx(committed[0])
+
+
+def test_a_recording_without_answers_or_of_another_robot_is_refused():
+    recording = read_recording(STREAM, images=False)
+    with pytest.raises(RecordError, match="has no answers"):
+        read_stream(dataclasses.replace(recording, trajectories={}))
+    with pytest.raises(RecordError, match="the stream has 14 values"):
+        RecordedPolicy(read_stream(recording), load_embodiment("piper_single"))
 
 
 @pytest.mark.parametrize("mode", [ExecutionMode.REAL_TIME, ExecutionMode.ENSEMBLING])
