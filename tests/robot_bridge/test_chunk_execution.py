@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from robot_bridge.chunk_execution import ChunkPlayer, Trajectory, smooth_move
@@ -47,6 +47,7 @@ def test_steady_targets_are_passed_at_a_steady_speed():
     assert inner == pytest.approx(list(np.linspace(0.6, 0.9, 31)))
 
 
+@settings(max_examples=40, deadline=None)
 @given(offers)
 @example(
     [(0, [[0.0, 1.0]], 1), (-30, [[0.0, 0.0]] * 3, 10)]
@@ -71,6 +72,7 @@ def test_neither_position_nor_velocity_nor_acceleration_jumps_where_chunks_meet(
                 assert getattr(left, name) == pytest.approx(getattr(right, name), rel=1e-3, abs=1e-4 * unit)
 
 
+@settings(max_examples=40, deadline=None)
 @given(offers)
 def test_nothing_leaves_the_bounds_however_chunks_meet(offered):
     bounds = np.array([-3.0, -3.0]), np.array([3.0, 3.0])
@@ -85,6 +87,7 @@ def test_nothing_leaves_the_bounds_however_chunks_meet(offered):
             assert ((bounds[0] - 1e-9 <= player.wanted(t)) & (player.wanted(t) <= bounds[1] + 1e-9)).all()
 
 
+@settings(max_examples=40, deadline=None)
 @given(targets, st.floats(0.01, 1.0))
 def test_a_chunk_played_from_rest_stays_between_its_targets(points, dt):
     player = ChunkPlayer(HOLD)
