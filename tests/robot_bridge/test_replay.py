@@ -50,7 +50,9 @@ def test_a_recorded_trial_is_played_again_in_every_mode():
         lambda: RecordedPolicy(stream, robot), robot, start=stream.start, actions=60, latency_s=(0.1, 0.3)
     )
     synchronous, real_time = found[ExecutionMode.SYNCHRONOUS], found[ExecutionMode.REAL_TIME]
-    assert real_time.wanted.max() <= synchronous.wanted.max() / 3
+    # With other latencies the largest step is up to 0.65 of synchronous: these answers disagree a lot.
+    assert real_time.wanted.max() <= 0.35 * synchronous.wanted.max()
+    assert np.median(real_time.wanted) <= np.median(synchronous.wanted) / 3
     assert np.median(real_time.sent) <= 0.6 * np.median(synchronous.sent)
     assert all(seams.refused == 0 for seams in found.values())
     assert real_time.held == 0
