@@ -28,8 +28,8 @@ from robot_bridge.drivers.realsense_sdk import (
     attached_device,
     choose_depth,
     choose_rate,
+    color_sensor,
     exposed_ns,
-    has_color_sensor,
     intrinsics,
     library,
     quietly,
@@ -185,7 +185,7 @@ class RealSenseDriver:
             self._stamp_error_s,
             self._clock,
             self._usb,
-            {str(option).rpartition(".")[2]: value for option, value in self._locked.items()},
+            {option.name: value for option, value in self._locked.items()},
         )
 
     @property
@@ -285,7 +285,7 @@ class RealSenseDriver:
                 ) from error
             resources.callback(quietly, pipeline.stop)
             self._intrinsics = intrinsics(profile.get_stream(rs.stream.color))
-            sensor = profile.get_device().first_color_sensor() if has_color_sensor(device) else None
+            sensor = color_sensor(rs, device)
             if sensor is not None:
                 set_option(sensor, rs.option.global_time_enabled, 1, self.camera.name)
                 set_option(sensor, rs.option.auto_exposure_priority, 0, self.camera.name)

@@ -130,9 +130,12 @@ def intrinsics(stream: Any) -> Intrinsics:
     return Intrinsics(found.fx, found.fy, found.ppx, found.ppy, (k1, k2, p1, p2, k3))
 
 
-def has_color_sensor(device: Any) -> bool:
-    """Return whether the device has a sensor of its own for colour."""
-    return any(sensor.is_color_sensor() for sensor in device.query_sensors())
+def color_sensor(rs: Any, device: Any) -> Any:
+    """Return the device's sensor that gives colour, None without one; a D405's is its stereo module."""
+    for sensor in device.query_sensors():
+        if any(profile.stream_type() == rs.stream.color for profile in sensor.get_stream_profiles()):
+            return sensor
+    return None
 
 
 def set_option(sensor: Any, option: Any, value: float, name: str) -> None:

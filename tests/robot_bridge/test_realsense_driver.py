@@ -209,7 +209,9 @@ class DepthCamera:
             _profile(rs, color, rs.stream.color, 1, 3, rs.format.rgb8),
             _profile(rs, depth, rs.stream.depth, 2, 2, rs.format.z16),
         ]
-        streams[1].register_extrinsics_to(streams[0], rs.extrinsics())
+        same = rs.extrinsics()
+        same.rotation, same.translation = [1, 0, 0, 0, 1, 0, 0, 0, 1], [0, 0, 0]
+        streams[1].register_extrinsics_to(streams[0], same)
         device.add_to(context)
         self.color = color
         thread = threading.Thread(target=self._feed, args=(rs, color, depth, streams), daemon=True)
