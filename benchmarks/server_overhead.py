@@ -5,8 +5,7 @@ project's server through shared memory, TCP, and TCP with keys, sealed or throug
 client (openpi-client from PyPI) with a server of its websocket protocol; plain ZMQ REQ/REP; and copying the
 images once, which no transport can be quicker than. Compare the ratios: the milliseconds are those of this
 machine, now. With --burst 1 every request finds the caches as the others left them, which hurts the
-quickest most. Ours look for a moment before they sleep while answers come that quickly; --spin-us 0 shows
-what that brings.
+quickest most. With --spin-us ours look for a moment before they sleep, while answers come that quickly.
 
     python -m benchmarks.server_overhead
 """
@@ -74,7 +73,7 @@ def main() -> int:
     )
     parser.add_argument(
         "--spin-us", type=whole_number(0, 100_000), default=round(1e6 * SPIN_S),
-        help="how long both our sides look before they sleep (default: theirs, %(default)s)",
+        help="how long both our sides look before they sleep, microseconds (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--seed", type=whole_number(0, 2**31 - 1), default=0, help="of images and order")
     args = parser.parse_args()

@@ -2,7 +2,7 @@
 
     length of what follows (4 bytes); sealed datagram; sealed blocks
 
-A datagram is :mod:`policy_server.datagram`'s; its long parts follow in blocks of 128 KiB. The nonce is the
+A datagram is :mod:`policy_server.datagram`'s; its long parts follow in blocks of 256 KiB. The nonce is the
 number of seals before this one and is not sent: what is repeated, left out or put in another place does not
 open. Before something has opened only a bounded length is read; memory is taken for what it then announces.
 """
@@ -24,12 +24,12 @@ from policy_server.waiting import Patience
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-BLOCK_BYTES = 128 << 10
+BLOCK_BYTES = 256 << 10
 KEY_BYTES = 32
 
 _TAG_BYTES = 16
 _LENGTH_BYTES = 4
-PLACE_BYTES = MAX_DATAGRAM_BYTES + _LENGTH_BYTES + _TAG_BYTES
+PLACE_BYTES = max(MAX_DATAGRAM_BYTES, BLOCK_BYTES) + _LENGTH_BYTES + _TAG_BYTES
 _QUICK_BYTES = 1 << 16  # who sent that much at a time is about to send more
 _QUICK_S = 1e-3
 _GAP_S = 5e-5  # between two blocks on one machine; a real network's are longer, and are slept through
@@ -110,7 +110,7 @@ class Reader:
         self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
         self._patience = Patience(_GAP_S)
-        self._place = memoryview(bytearray(MAX_DATAGRAM_BYTES + _TAG_BYTES))
+        self._place = memoryview(bytearray(PLACE_BYTES))
         self._steps = self._messages()
         self._wanted = self._next_size()
         self._have = 0

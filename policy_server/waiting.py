@@ -1,8 +1,9 @@
 """Waiting for what may come at once: look again for a moment, then sleep.
 
-To be woken costs tens of microseconds, as much as the rest of an instant policy's answer. Who was not kept
-waiting for longer than a moment the last time looks again and again for that moment this time, before
-going to sleep. Who waits for a real network, or for a robot's next picture, sleeps at once, for nothing.
+To be woken costs tens of microseconds. Who was not kept waiting for longer than a moment the last time may
+look again and again for that moment this time, before going to sleep; who waits for a robot's next picture
+sleeps at once. The moment is nothing unless asked for: on a machine of two cores whoever looks takes the
+processor from whoever is about to answer, and answers were seen to come later.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-SPIN_S = 3e-4
+SPIN_S = 0.0
 
 _Found = TypeVar("_Found")
 
