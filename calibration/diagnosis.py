@@ -38,6 +38,7 @@ _LARGE_NOISE = 2.5  # times the expected: something else may be behind it
 _NOISE_M, _NOISE_RAD = 2e-3, float(np.deg2rad(0.4))
 _PROPOSALS = 4
 _NEAR_RAD = 0.3  # of proposed joint positions to those taken: what is seen there can be foretold
+_STRAY = 6.0  # times farther off than most: a view of the other side
 _SEED = 0
 
 
@@ -252,12 +253,14 @@ def _block_that_moved(
             (True, cameras, most.estimate.camera),
             (False, boards, most.estimate.board),
         ):
-            scatter, middle = _scatter(poses)
+            apart, middle = _scatter(poses)
+            scatter = float(np.median(apart))
             step = difference(middle, before)
             noise = max(arm_scale(model, most.estimate.scales), 0.3)
             if scatter > 2.5 * noise or _size(step) < 2.5 * max(scatter, 0.5 * noise):
                 continue
-            figure = scatter / noise + 2 * float((~most.inliers).sum())
+            strays = (~most.inliers).sum() + (apart > _STRAY * max(scatter, noise)).sum()
+            figure = scatter / noise + 2 * float(strays)
             if best is None or figure < best[0]:
                 step = step if large is early else -step
                 best = (figure, _moved(is_camera, model, int(order[k]), step, len(late)))
@@ -274,11 +277,11 @@ def _moments(good: NDArray[np.bool_]) -> list[int]:
     return [places[i] for i in order if misfit[i] <= 0.2 * count]
 
 
-def _scatter(poses: Array) -> tuple[float, Array]:
-    """Return how far poses lie apart, see :func:`_size`, and the one in their middle."""
+def _scatter(poses: Array) -> tuple[Array, Array]:
+    """Return how far (N,) poses lie from the one in their middle, see :func:`_size`, and that one."""
     apart = np.array([[_size(difference(p, q)) for q in poses] for p in poses])
     middle = int(np.argmin(np.median(apart, axis=1)))
-    return float(np.median(apart[middle])), poses[middle]
+    return apart[middle], poses[middle]
 
 
 def _size(step: Array) -> float:

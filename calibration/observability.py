@@ -35,6 +35,7 @@ _APART_RAD = (
 _FORESEEN, _FORESEEN_RAD = 0.06, float(np.deg2rad(15))  # the shift as a part of the distance
 # Until poses determine everything, what is known beforehand keeps the sums finite: metres and turns.
 _KNOWN_BEFORE = 1.0
+_REACHES = (1.0, 0.5, 0.25)  # of free views, until some can be foreseen
 _FIELD, _TURN_RAD = 0.55, 0.9  # of free views: how far off the middle, and turned, at most
 
 
@@ -154,13 +155,17 @@ def plan_grippers(
     moving = already if rig.setup == "eye-to-hand" else inverse(already)
     seen = inverse(rig.camera_pose) @ moving @ board
     distance = float(np.clip(np.median(seen[:, 2, 3]), 0.1, 3.0))
-    views = seen[rng.integers(len(seen), size=4 * candidates)].copy()
-    turns = _TURN_RAD * rng.uniform(-1, 1, (len(views), 3)) * rng.uniform(0.1, 1, (len(views), 1))
-    views[:, :3, :3] = exp_rotation(turns) @ views[:, :3, :3]
     field = _FIELD * np.array([rig.camera.width / rig.camera.fx, rig.camera.height / rig.camera.fy]) / 2
-    views[:, 2, 3] = distance * rng.uniform(0.75, 1.25, len(views))
-    views[:, :2, 3] = field * rng.uniform(-1, 1, (len(views), 2)) * views[:, 2:3, 3]
-    views = views[_visible(rig, views)][:candidates]
+    for reach in _REACHES:
+        views = seen[rng.integers(len(seen), size=4 * candidates)].copy()
+        turns = _TURN_RAD * rng.uniform(-1, 1, (len(views), 3)) * rng.uniform(0.1, 1, (len(views), 1))
+        views[:, :3, :3] = exp_rotation(reach * turns) @ views[:, :3, :3]
+        depth = distance * rng.uniform(0.75, 1.25, (len(views), 1))
+        across = field * rng.uniform(-1, 1, (len(views), 2)) * depth
+        views[:, :3, 3] += reach * (np.concatenate([across, depth], axis=1) - views[:, :3, 3])
+        views = views[_visible(rig, views)][:candidates]
+        if len(views) >= count:
+            break
     grippers = rig.camera_pose @ views @ inverse(board)
     if rig.setup == "eye-in-hand":
         grippers = inverse(grippers)

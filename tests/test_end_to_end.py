@@ -96,7 +96,10 @@ def test_the_trial_is_judged_and_counted(run, trial, bundle):
 def test_everything_is_recorded(recording, trial, bundle):
     counts = recording.counts
     length = bundle.manifest.chunk_length
-    assert counts["policy/chunks"] == counts["joint_trajectory"] == math.ceil(trial.actions / length)
+    played = math.ceil(trial.actions / length)
+    # Success may be seen when the next chunk is on its way, of which nothing is played then.
+    assert counts["policy/chunks"] == counts["joint_trajectory"]
+    assert counts["policy/chunks"] in {played, played + 1}
     assert counts["arms/executed"] >= counts["policy/chunks"]
     assert counts["joint_states"] > 20 * trial.duration_s
     assert counts["setpoints"] > 20 * trial.duration_s

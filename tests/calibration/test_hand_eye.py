@@ -23,7 +23,8 @@ from calibration.faults import (
 )
 from calibration.geometry import difference, inverse, moved
 from calibration.hand_eye import HandEye, HandEyeOptions, calibrate_hand_eye
-from calibration.observability import RigGeometry, plan_poses
+from calibration.observability import Noise, RigGeometry, information, plan_poses, visible_joints
+from calibration.refinement import JointMotion
 
 SETUPS = ["eye-to-hand", "eye-in-hand"]
 
@@ -247,21 +248,13 @@ def test_planned_poses_tell_more_than_random_ones():
     upper = np.array([joint.upper_rad for joint in ARM.joints])
     geometry = RigGeometry(rig.setup, rig.camera, BOARD, rig.camera_pose, rig.board_pose, CHAIN)
 
-    def plan(candidates):
-        rng = np.random.default_rng(1)
-        return plan_poses(
-            geometry,
-            lower=lower,
-            upper=upper,
-            count=12,
-            rng=rng,
-            candidates=candidates,
-            allowed=lambda q: q[0] < 0.5,
-        )
-
-    planned, random = plan(300), plan(12)
-    assert len(planned) == 12
-    assert planned[-1].translation_std_m < 0.85 * random[-1].translation_std_m
+    where = {"lower": lower, "upper": upper, "allowed": lambda q: q[0] < 0.5}
+    planned = plan_poses(geometry, count=12, rng=np.random.default_rng(1), candidates=300, **where)
+    random = visible_joints(geometry, rng=np.random.default_rng(1), wanted=12, **where)
+    noise = Noise()
+    told = information(geometry, JointMotion(CHAIN, random, noise.joint_rad), noise).sum(0)
+    assert len(planned) == len(random) == 12
+    assert planned[-1].translation_std_m < 0.85 * np.sqrt(np.trace(np.linalg.inv(told)[:3, :3]))
     assert all(p.joints_rad[0] < 0.5 for p in planned)
     assert all((p.joints_rad >= lower).all() and (p.joints_rad <= upper).all() for p in planned)
     for pose in planned:

@@ -258,7 +258,15 @@ def test_the_stop_key_reaches_the_arms_node_and_without_one_the_bus():
         assert len(benches) == 2
         assert all(says_stopped(port.channel) for port in rig.arms.values())
     with pytest.raises(UnavailableError, match="the stop did not reach every bus"):
-        stop_on_bus(msgspec.structs.replace(rig, arms={"left": CanPort("no_such_bus", "can_left")}))
+        stop_on_bus(
+            msgspec.structs.replace(
+                rig,
+                name="without a bus",
+                twin=None,
+                cameras={},
+                arms={"left": CanPort("no_such_bus", "can_left")},
+            )
+        )
     os.close(master)
 
 
@@ -383,7 +391,7 @@ class FakeLoop:
 
 
 def tick(position: np.ndarray):
-    from robot_bridge.control_loop import Tick
+    from robot_bridge.control_loop import Mode, Tick
 
     class State:
         stamp_ns = 5_000_000_000
@@ -392,7 +400,8 @@ def tick(position: np.ndarray):
             self.position = position[part]
             self.velocity = self.effort = np.zeros(7)
 
-    return Tick(0, 0, tuple(State(part) for _, part in ROBOT.slices()), position, (), None, 0)
+    states = tuple(State(part) for _, part in ROBOT.slices())
+    return Tick(0, 0, states, position, (), Mode.ON, "", ())
 
 
 @pytest.mark.usefixtures("ros")
