@@ -84,8 +84,9 @@ class ActingNetwork:
             )
         logits = logits[:, self._slots]
         if temperature > 0:
-            shape = (network.network.chunk_length, len(self._slots) // network.network.chunk_length)
-            drawn = torch.from_numpy(uniform(looks, key, shape, self._exploration)).to(self._device)
+            actions = network.network.chunk_length
+            tokens_of = (actions, len(self._slots) // actions)
+            drawn = torch.from_numpy(uniform(looks, key, tokens_of, self._exploration)).to(self._device)
             chosen = sample(logits, temperature, drawn)
         else:
             chosen = logits.argmax(dim=-1)
