@@ -47,8 +47,10 @@ class Answers:
     ) -> None:
         """Send a chunk to who asked for it."""
         timing = timing_of(receive_ms, turn, 1e3 * (time.perf_counter() - turn.ready_s))
-        peer.send(messages.encode_chunk(request, chunk, timing, time.monotonic_ns()))
-        self.count_answer(timing, time.perf_counter() - turn.ready_s)
+        message = messages.encode_chunk(request, chunk, timing, time.monotonic_ns())
+        self.count_answer()  # first: who has the answer and asks how many there were finds it among them
+        peer.send(message)
+        self.observe_answer(timing, time.perf_counter() - turn.ready_s)
 
     def send_refusal(self, peer: Peer, request: int, error: SimplevlaError) -> None:
         """Say no, and why."""
@@ -56,10 +58,13 @@ class Answers:
         _log.info("refused (%s): %.200s", error.code, error)
         peer.send(messages.encode_error(request, error))
 
-    def count_answer(self, timing: ServerTiming, send_s: float) -> None:
-        """Count a chunk that was handed out."""
+    def count_answer(self) -> None:
+        """Count a chunk that is handed out."""
         with self._lock:
             self.answered += 1
+
+    def observe_answer(self, timing: ServerTiming, send_s: float) -> None:
+        """Take into the metrics where the time of an answer went."""
         if self._metrics:
             self._metrics.answered(timing, send_s)
 
@@ -88,7 +93,8 @@ class Call:
     def answer(self, chunk: ActionChunk, turn: Turn) -> None:
         """Take the answer."""
         timing = timing_of(1e3 * (self._received_s - self._start_s), turn, 0.0)
-        self._answers.count_answer(timing, 0.0)
+        self._answers.count_answer()
+        self._answers.observe_answer(timing, 0.0)
         self._outcome = chunk, timing
         self._done.set()
 

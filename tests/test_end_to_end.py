@@ -29,6 +29,7 @@ for library in ("rclpy", "sapien", "pyrealsense2", "piper_sdk", "zmq", "torch"):
 pytestmark = [pytest.mark.slow, pytest.mark.realtime]
 
 STEP_LIMIT = 60
+FOLLOWS_WITHIN_NS = 1_000_000_000
 TASK = "move_can_pot"
 
 
@@ -116,7 +117,10 @@ def test_the_arms_moved_as_they_were_told_and_within_their_limits(recording):
     assert list(commanded.names) == list(measured.names) == embodiment.names()
     joints = [i for i, name in enumerate(embodiment.names()) if not name.endswith("gripper")]
     assert np.ptp(measured.position[:, joints], axis=0).max() > 0.2
-    assert np.abs(measured.position[-1] - commanded.position[-1])[joints].max() < 0.05
+    # A joint is where it was told to be a moment ago: it may still be on its way when the trial ends.
+    recent = commanded.position[commanded.stamp_ns > measured.stamp_ns[-1] - FOLLOWS_WITHIN_NS]
+    assert (measured.position[-1] > recent.min(axis=0) - 0.05)[joints].all()
+    assert (measured.position[-1] < recent.max(axis=0) + 0.05)[joints].all()
     lower, upper = embodiment.position_limits()
     assert (commanded.position >= lower - 1e-6).all()
     assert (commanded.position <= upper + 1e-6).all()

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 _LOOK_PERIOD_S = 0.05
 _STILL_LOOKS = 8
 _STILL_RAD_OR_M = 3e-3
-_SILENT_NS = 1_000_000_000
 _FAILURES = frozenset(code.value for code in FailureCode)
 
 
@@ -61,9 +60,13 @@ class TrialNode:
         namespace: of the node.
     """
 
-    def __init__(self, embodiment: Embodiment, namespace: str = "") -> None:
-        """Prepare a node for ``embodiment`` in the stack's namespace; nothing is opened yet."""
+    def __init__(self, embodiment: Embodiment, namespace: str = "", *, silent_after_s: float = 1.0) -> None:
+        """Prepare a node for ``embodiment`` in the stack's namespace; nothing is opened yet.
+
+        Arms that have said nothing for ``silent_after_s`` are taken to be lost.
+        """
         self._embodiment = embodiment
+        self._silent_after_ns = round(silent_after_s * 1e9)
         self._namespace = namespace
         self._lock = threading.Lock()
         self._policy = PolicyState()
@@ -156,9 +159,9 @@ class TrialNode:
         return future.result()
 
     def silent_joints(self) -> bool:
-        """Return whether no joint states have come for a second."""
+        """Return whether no joint states have come for longer than arms may be silent."""
         heard_ns, _ = self.tap.latest.get("joint_states", (0, b""))
-        return time.time_ns() - heard_ns > _SILENT_NS
+        return time.time_ns() - heard_ns > self._silent_after_ns
 
     def wait_for_joints(self, timeout_s: float) -> None:
         """Wait until joint states come.

@@ -118,11 +118,16 @@ class Robot:
         return self._ask(SetParameters, "arms/set_parameters", request).results[0].reason
 
     def press(self) -> None:
-        """Press a button that publishes as sensors do: whoever does not hear it has missed it."""
+        """Hold a button down that publishes as sensors do, again and again, until the arms stand."""
         button = self.node.create_publisher(Bool, "estop", qos_profile_sensor_data)
         self.until(lambda: button.get_subscription_count() == 1)  # the reliable one cannot hear it
         button.publish(Bool(data=False))
-        button.publish(Bool(data=True))
+
+        def stands() -> bool:
+            button.publish(Bool(data=True))
+            return self.health.get("mode") == "stopped"
+
+        self.until(stands)
 
     def _ask(self, kind: type, service: str, request: object) -> Any:
         client = self.node.create_client(kind, service)
@@ -238,7 +243,6 @@ def test_an_emergency_stop_is_latched_and_only_a_person_goes_on(robot: Robot):
     """By a button's topic, by service, in every state that has the arms open; and the states themselves."""
     assert robot.call("enable").success
     robot.press()
-    robot.until(lambda: robot.health.get("mode") == "stopped")
     robot.until(lambda: robot.stopped == {"arms: left": "True", "arms: right": "True"})
     seen = len(robot.setpoints)
     robot.play([HOME + 0.01])

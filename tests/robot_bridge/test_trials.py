@@ -199,10 +199,14 @@ class SmallStack:
 
 
 @contextlib.contextmanager
-def running(plan: Plan, scene, **stack_settings):
+def running(plan: Plan, scene, *, silent_after_s: float = 10.0, **stack_settings):
+    """A run on a small stack, which may be kept from speaking by all else that this process does."""
     from robot_bridge.nodes.trial import TrialNode
 
-    with SmallStack(**stack_settings) as stack, TrialNode(plan.embodiment) as node:
+    with (
+        SmallStack(**stack_settings) as stack,
+        TrialNode(plan.embodiment, silent_after_s=silent_after_s) as node,
+    ):
         yield Run(plan, node, scene, stack.check), stack
 
 
@@ -259,7 +263,7 @@ def test_a_lost_server_is_an_error_and_two_in_a_row_end_the_run(bundle, tmp_path
 
 def test_silent_arms_are_an_error(bundle, tmp_path):
     plan = make_plan(bundle, tmp_path / "run", trials=1)
-    with running(plan, ScriptedScene()) as (run, stack):
+    with running(plan, ScriptedScene(), silent_after_s=1.0) as (run, stack):
         threading.Timer(2.0, lambda: setattr(stack, "silent", True)).start()
         run.make()
     (trial,) = load_index(plan.out).trials
