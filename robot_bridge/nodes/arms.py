@@ -39,6 +39,7 @@ from robot_bridge.chunk_execution import Trajectory
 from robot_bridge.clearance import TABLE_TOP_M, Box, Workspace
 from robot_bridge.control_loop import ControlLoop, Mode, Tick
 from robot_bridge.drivers.choice import arm_driver
+from robot_bridge.drivers.piper_feedback import ArmState
 from robot_bridge.limits import Limiter, LimitEvent
 from robot_bridge.nodes.managed import ManagedNode
 from robot_bridge.nodes.piper_topics import PiperTopics
@@ -46,6 +47,7 @@ from robot_bridge.nodes.process import diagnostics, run_node, set_stamp, stamp_n
 from robot_bridge.nodes.stop_line import stop_line
 from robot_bridge.priority import ask_for_priority
 from robot_bridge.rig import load_rig, named
+from simplevla.embodiment import Arm
 from simplevla.errors import ChunkError, SimplevlaError
 from simplevla.session_record import calibrated
 
@@ -122,7 +124,7 @@ class ArmsNode(ManagedNode):
             )
             self._loop = loop
             self._names = embodiment.names()
-            self._arm_names = [arm.name for arm in embodiment.arms]
+            self._drivers = drivers
             self._every = max(1, round(embodiment.control_rate_hz / self.value("publish_rate_hz")))
             self._next_publish = 0
             self._acting: frozenset[LimitEvent] = frozenset()
@@ -233,16 +235,19 @@ class ArmsNode(ManagedNode):
         message = health.reason or health.mode.value
         statuses = [status("arms: control loop", message, values, level="ok" if well else "error")]
         now_ns = time.time_ns()
-        for name, state in zip(self._arm_names, tick.states if tick else (), strict=False):
+        for driver, state in zip(self._drivers, tick.states if tick else (), strict=False):
             age_ms = (now_ns - state.stamp_ns) / 1e6
             level = "error" if age_ms > 1e3 * self._max_age_s else "warn" if state.faults else "ok"
             arm_values = {
                 "enabled": state.enabled,
                 "stopped": state.stopped,
                 "feedback_age_ms": f"{age_ms:.1f}",
+                "feedback_doubted": driver.doubted,
+                "firmware": driver.firmware,
+                **motor_values(driver.arm, state),
             }
             text = "; ".join(state.faults) or state.status
-            statuses.append(status(f"arms: {name}", text, arm_values, level=level))
+            statuses.append(status(f"arms: {driver.arm.name}", text, arm_values, level=level))
         return statuses
 
     def _enable(self) -> str:
@@ -270,6 +275,16 @@ class ArmsNode(ManagedNode):
     def _reset(self) -> str:
         self._loop.reset()
         return _DROPS
+
+
+def motor_values(arm: Arm, state: ArmState) -> dict[str, str]:
+    """Return how warm an arm's motors and their drivers are, degC, what they draw, A, and the supply, V."""
+    values = {"supply_v": f"{state.supply_v:.1f}"}
+    for i, joint in enumerate(arm.joints):
+        values[f"{joint.name}.motor_c"] = f"{state.motor_c[i]:.0f}"
+        values[f"{joint.name}.driver_c"] = f"{state.driver_c[i]:.0f}"
+        values[f"{joint.name}.current_a"] = f"{state.current_a[i]:.3f}"
+    return values
 
 
 def read_trajectory(message: Any, names: Sequence[str], now_ns: int, now_s: float) -> Trajectory:

@@ -78,10 +78,20 @@ class CameraTopics:
         self._thread.join()
 
     def diagnose(self) -> DiagnosticStatus:
-        """Return how the camera is: frames a second since the last call, and the newest one's age."""
+        """Return how the camera is: pictures a second since the last call, the newest one's age, health."""
         (before, then_s), self._asked = self._asked, (self._seen, time.monotonic())
         rate_hz = (self._seen - before) / max(1e-3, self._asked[1] - then_s)
-        values: dict[str, object] = {"rate_hz": f"{rate_hz:.1f}", "expected_hz": self._camera.rate_hz}
+        health = self._driver.health()
+        values: dict[str, object] = {
+            "rate_hz": f"{rate_hz:.1f}",
+            "expected_hz": self._camera.rate_hz,
+            "lost_frames": health.lost_frames,
+            "reconnects": health.reconnects,
+            "stamp_error_ms": f"{1e3 * health.stamp_error_s:.0f}",
+            "clock": health.clock,
+            "usb": health.usb,
+            **health.locked,
+        }
         if self._newest_ns:
             values["age_ms"] = f"{(time.time_ns() - self._newest_ns) / 1e6:.0f}"
         if not rate_hz:

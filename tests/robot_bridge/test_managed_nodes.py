@@ -465,7 +465,7 @@ def test_a_joint_command_is_read_by_name():
 
 @pytest.mark.usefixtures("ros")
 def test_a_camera_publishes_what_somebody_listens_to():
-    from robot_bridge.drivers.realsense import Frame
+    from robot_bridge.drivers.realsense import CameraHealth, Frame
     from robot_bridge.nodes.camera_topics import CameraTopics
 
     camera = ROBOT.cameras[0]
@@ -479,6 +479,9 @@ def test_a_camera_publishes_what_somebody_listens_to():
         def wait_newer(self, _: int, timeout_s: float) -> Frame:
             time.sleep(min(0.05, timeout_s))
             return Frame(image=picture, capture_ns=time.time_ns(), sequence=1, arrival_ns=time.time_ns())
+
+        def health(self) -> CameraHealth:
+            return CameraHealth(True, 2, 3, 0.02, "global_time", "2.1", {"exposure": 156.0})
 
     raw: list[Image] = []
     jpeg: list[CompressedImage] = []
@@ -495,8 +498,10 @@ def test_a_camera_publishes_what_somebody_listens_to():
         node.create_subscription(CompressedImage, name, jpeg.append, qos_profile_sensor_data)
         until(lambda: jpeg)
         assert bytes(jpeg[0].data[:2]) == b"\xff\xd8"
-        found = topics.diagnose()
-        assert float({pair.key: pair.value for pair in found.values}["rate_hz"]) > 0
+        found = {pair.key: pair.value for pair in topics.diagnose().values}
+        assert float(found["rate_hz"]) > 0
+        assert (found["reconnects"], found["lost_frames"], found["stamp_error_ms"]) == ("2", "3", "20")
+        assert (found["clock"], found["usb"], found["exposure"]) == ("global_time", "2.1", "156.0")
 
 
 def test_names_are_taken_once(tmp_path: Path):

@@ -165,6 +165,7 @@ class Robot:
         self.lifecycle = message.status[-1].message
         pairs = [(status.name, pair) for status in message.status for pair in status.values]
         self.stopped = {name: pair.value for name, pair in pairs if pair.key == "stopped"}
+        self.arms = {(name, pair.key): pair.value for name, pair in pairs if name != message.status[0].name}
 
     def _end(self) -> None:
         self.process.kill()
@@ -226,6 +227,10 @@ def test_the_arms_node_from_start_to_end(robot: Robot):
     robot.benches[1].silent.clear()
     robot.until(lambda: robot.health.get("message") == "on")
     assert float(robot.health["period_p50_ms"]) > 0
+    assert robot.arms["arms: right", "firmware"].startswith("S-V")
+    assert float(robot.arms["arms: left", "supply_v"]) > 20
+    for i in range(1, 7):
+        assert 10 < float(robot.arms["arms: left", f"joint{i}.motor_c"]) < 60
 
     # The end: brake first, then a clean exit; the arms still have power and hold.
     robot.play([goal], dt=0.5)
