@@ -93,6 +93,9 @@ ARGUMENTS = (
     ),
     Argument("cameras", "", "cameras to start, by commas; empty: all of the rig"),
     Argument("seed", "0", "decides the twin's first scene"),
+    Argument(
+        "faults", "false", "offer services that make things go wrong (docs/faults.md); a twin alone", _TRUTH
+    ),
     Argument("namespace", "", "ROS namespace of every node"),
     Argument(
         "params_file",
@@ -148,6 +151,7 @@ class Settings:
     horizon: int = 0
     cameras: tuple[str, ...] = ()
     seed: int = 0
+    faults: bool = False
     namespace: str = ""
     params_file: Path | None = None
     record: bool = False
@@ -183,6 +187,7 @@ class Settings:
             horizon=int(texts["horizon"]),
             cameras=tuple(named(texts["cameras"])),
             seed=int(texts["seed"]),
+            faults=texts["faults"] == "true",
             namespace=texts["namespace"].strip("/"),
             params_file=Path(texts["params_file"]).expanduser() if texts["params_file"] else None,
             record=texts["record"] == "true",
@@ -300,6 +305,18 @@ def processes(settings: Settings) -> list[Process]:
             stop_order=1,
         )
     )
+    if settings.faults:
+        found.append(
+            Process(
+                "faults",
+                _node(settings, "faults", {"rig": settings.rig}),
+                placed("faults"),
+                after=twin,
+                required=False,
+                respawn=True,
+                stop_order=1,
+            )
+        )
     if settings.record:
         where = {"rig": settings.rig, "out": str(settings.out)}
         found.append(
@@ -367,7 +384,8 @@ def require_twin(settings: Settings) -> None:
     """
     if not load_rig(settings.rig).is_twin:
         raise ConfigError(
-            f"the rig {settings.rig} is no twin's", "use bringup.launch.py, or: rig:=twin, rig:=twin_single"
+            f"the rig {settings.rig} is no twin's",
+            "use bringup.launch.py without faults, or: rig:=twin, rig:=twin_single",
         )
 
 
@@ -398,6 +416,8 @@ def check(settings: Settings) -> None:
     if importlib.util.find_spec("rclpy") is None:
         raise MissingExtraError("rclpy", "ros_wheels")
     Execution(ExecutionMode(settings.execution), settings.horizon)
+    if settings.faults:
+        require_twin(settings)
     rig = load_rig(settings.rig).with_arms(settings.arms)
     embodiment = rig.load_embodiment()
     known = [camera.name for camera in embodiment.cameras]

@@ -117,6 +117,15 @@ def test_without_a_server_arms_and_cameras_come_up_alone(tmp_path):
     assert all("-p arms:=left" in command for command in commands.values())
     with pytest.raises(ConfigError, match="unknown arm 'third'"):
         check(dataclasses.replace(settings, arms=("third",)))
+    with pytest.raises(ConfigError, match="no twin's"):
+        check(dataclasses.replace(settings, faults=True))
+
+
+def test_a_twin_offers_faults_when_asked():
+    described = {p.name: p for p in processes(Settings.from_arguments({"faults": "true"}))}
+    assert "-p rig:=twin" in " ".join(described["faults"].command)
+    assert described["faults"].after == ("twin",)
+    assert not described["faults"].required
 
 
 def test_a_policy_for_two_arms_is_not_run_with_one():
