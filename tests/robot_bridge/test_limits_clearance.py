@@ -175,3 +175,35 @@ def test_no_sequence_of_poses_brings_the_setpoints_below_the_table_or_into_an_ar
                 assert min(WORKSPACE.heights(positions)) > 0
                 assert WORKSPACE.gap(positions) > 0
                 assert WORKSPACE.self_gap(positions) > -0.005
+
+
+BOX = Box((-0.3, -0.75, 0.76), (0.3, 0.1, 1.3))
+SHARES = st.lists(st.floats(0, 1), min_size=14, max_size=14).map(np.array)
+
+
+@given(start=SHARES, goal=SHARES, steps=st.integers(1, 30), box=st.sampled_from([None, BOX]))
+@settings(max_examples=50)
+def test_what_is_vouched_for_is_what_would_be_found(start, goal, steps, box):
+    """Along a way through everything that can be hit, a memory changes no verdict."""
+    carried = {"left": np.array([[0.05, 0.0, 0.02], [0.0, 0.03, -0.04]])}
+    remembers = Workspace(ROBOT, box=box, carried=carried)
+    start, goal = (LOWER + share * (UPPER - LOWER) for share in (start, goal))
+    now = start
+    for s in np.linspace(0, 1, steps):
+        pose = start + s * (goal - start)
+        way = np.linspace(pose, pose + 0.02 * (goal - start), 3)
+        assert remembers.unsafe(way, now) == Workspace(ROBOT, box=box, carried=carried).unsafe(way, now)
+        now = pose
+
+
+def test_most_turns_of_a_motion_are_vouched_for(monkeypatch):
+    measured = []
+    gaps = Workspace._gaps
+    monkeypatch.setattr(Workspace, "_gaps", lambda *args: measured.append(args) or gaps(*args))
+    limiter = Limiter(ROBOT, Workspace(ROBOT))
+    limiter.reset(ROBOT.home())
+    right = (np.arange(14) > 6) & (np.arange(14) < 13)
+    for i in range(500):
+        wanted = ROBOT.home() + 0.05 * right * (1 - np.cos(0.02 * i))
+        assert not limiter.admit(wanted, limiter.position, DT).events
+    assert 0 < len(measured) < 100
