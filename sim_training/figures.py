@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim_training.evaluation import Report, rate
-from sim_training.history import Iteration
+from sim_training.history import DRIVER_STEPS, Iteration
 from simplevla.errors import MissingExtraError
 from simplevla.intervals import Rate
 
@@ -174,20 +174,28 @@ def diagnostics(history: Sequence[Iteration]) -> Figure:
 
 
 def time_split(history: Sequence[Iteration]) -> Figure:
-    """Return where the seconds of each iteration went."""
-    figure, ((panel,),) = panels(1, 1, 9.5, 2.8)
-    names = sorted({name for it in history for name in it.seconds})
-    totals = {name: sum(it.seconds.get(name, 0.0) for it in history) for name in names}
-    whole = sum(totals.values()) or 1.0
+    """Return where the seconds of each iteration went: by the clock, and within what simulates."""
+    figure, rows = panels(2, 1, 9.5, 5.0)
+    known = {name for it in history for name in it.seconds}
+    parts = {
+        "Time of an iteration": sorted(known & DRIVER_STEPS),
+        "Of its rollouts, summed over the processes that simulate": sorted(known - DRIVER_STEPS),
+    }
     steps = [it.iteration for it in history]
-    values = [[it.seconds.get(name, 0.0) for it in history] for name in names]
-    labels = [f"{name}: {100 * totals[name] / whole:.0f} %" for name in names]
-    panel.stackplot(steps, *values, labels=labels, colors=_PALETTE[: len(names)], alpha=0.75, linewidth=0)
-    panel.margins(x=0)
-    panel.set_xlabel("iteration")
-    panel.set_ylabel("s")
-    panel.set_title("Time of an iteration", **_TITLE)
-    panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1), **_LEGEND)
+    for (panel,), (title, names) in zip(rows, parts.items(), strict=True):
+        totals = {name: sum(it.seconds.get(name, 0.0) for it in history) for name in names}
+        whole = sum(totals.values()) or 1.0
+        values = [[it.seconds.get(name, 0.0) for it in history] for name in names]
+        labels = [f"{name}: {100 * totals[name] / whole:.0f} %" for name in names]
+        panel.set_title(title, **_TITLE)
+        panel.set_ylabel("s")
+        if names:
+            panel.stackplot(
+                steps, *values, labels=labels, colors=_PALETTE[: len(names)], alpha=0.75, linewidth=0
+            )
+            panel.margins(x=0)
+            panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1), **_LEGEND)
+    rows[-1][0].set_xlabel("iteration")
     return figure
 
 

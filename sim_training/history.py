@@ -15,6 +15,7 @@ from simplevla.errors import RecordError
 from simplevla.intervals import Rate, wilson
 
 HISTORY = "history.jsonl"
+DRIVER_STEPS = frozenset({"rollouts", "log_probs", "update", "evaluation"})
 
 
 class Counted(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,7 +45,8 @@ class Iteration(msgspec.Struct, frozen=True, kw_only=True):
         entropy: of the action distributions at the sampling temperature, nats a token.
         ratio: mean distance of the ratio of probabilities from 1, over the valid tokens.
         clip_fraction: of the valid tokens.
-        seconds: where the time of the iteration went: {"rollouts": ..., "update": ...}.
+        seconds: where the time of the iteration went: by the clock in ``DRIVER_STEPS``, the others within
+            rollouts and summed over the processes that simulate.
         elapsed_s: time spent in all iterations so far, over restarts.
     """
 

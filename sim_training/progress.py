@@ -87,7 +87,7 @@ def describe(done: Iteration, total: int) -> str:
         f"kept {done.kept_groups}/{done.groups} groups",
         f"entropy {done.entropy:.2f}",
         f"|ratio - 1| {done.ratio:.4f}",
-        f"{sum(done.seconds.values()):.0f} s",
+        f"{done.elapsed_s:.0f} s so far",
     ]
     if done.greedy is not None:
         parts.insert(1, f"greedy {done.greedy.rate}")

@@ -235,7 +235,7 @@ def test_an_iteration_is_one_line() -> None:
     line = describe(iteration(11, greedy=Counted(episodes=64, successes=32)), 80)
     assert line.startswith("iteration 12 of 80: sampled 8/32 = 25 %, greedy 32/64 = 50.0 % (95 % interval")
     assert "kept 3/4 groups" in line
-    assert line.endswith("12 s")
+    assert line.endswith(", 144 s so far")
     assert [duration(s) for s in (8, 72, 3725)] == ["8 s", "1 min 12 s", "1 h 02 min"]
 
 
