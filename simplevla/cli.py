@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,7 +45,10 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit status: 0 done, 1 a failed run, 2 a usable error."""
+    """Run one subcommand and return its exit status.
+
+    0: done, 1: a failed run, 2: a usable error, 130: interrupted, 141: nobody hears the rest.
+    """
     commands = {point.name: point for point in sorted(entry_points(group=GROUP), key=lambda p: p.name)}
     parser = argparse.ArgumentParser(
         prog="simplevla",
@@ -75,13 +81,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
     try:
-        return int(args.run(args))
+        status = int(args.run(args))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read our words has heard enough, as "| head" has
+        if not _reader_is_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is written at exit
+        return 128 + signal.SIGPIPE
     except SimplevlaError as error:
         print(f"simplevla {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"simplevla {args.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _reader_is_gone() -> bool:
+    """Return whether standard output is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:

@@ -9,6 +9,7 @@ import pytest
 
 from simplevla.cli import GROUP, Command, main, require_choice, whole_number
 from simplevla.errors import ConfigError
+from simplevla.files import share_dir
 
 COMMANDS = [
     "bench", "calibrate", "compile", "doctor", "estop", "evaluate", "inspect", "keys", "observe",
@@ -85,6 +86,19 @@ def test_an_interrupt_is_no_traceback(capsys, monkeypatch):
     status, _, err = run(capsys, "doctor")
     assert status == 130
     assert err == "simplevla doctor: interrupted\n"
+
+
+def test_a_reader_that_has_heard_enough_is_no_traceback():
+    words = ["train", "--plan", "--config", str(share_dir() / "config/training/move_can_pot.yaml")]
+    code = f"from simplevla.cli import main; raise SystemExit(main({words}))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 141
+    assert err == ""
 
 
 def test_whole_number_takes_the_range_alone():
