@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.configure(sub)
-        sub.set_defaults(run=command.run)
+        sub.set_defaults(invoke=command.run)  # a name that no command gives an argument
     args = parser.parse_args(argv)
     logging.basicConfig(
         level=args.log_level.upper(),
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
     try:
-        status = int(args.run(args))
+        status = int(args.invoke(args))
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # whoever read our words has heard enough, as "| head" has

@@ -25,6 +25,7 @@ from sim_training.run_record import read_run
 from sim_training.training import plan
 from sim_training.training_config import load_config
 from sim_training.videos import film_policies, side_by_side
+from simplevla.cli import main
 from simplevla.errors import ConfigError, RecordError
 from simplevla.files import share_dir
 from simplevla.intervals import wilson
@@ -156,7 +157,8 @@ def test_the_report_of_a_run_that_has_just_begun_says_what_is_missing(tmp_path: 
 def test_what_is_kept_gives_the_same_report(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     page = make_report(run).read_bytes()
-    kept = keep(run, tmp_path / "results/run")
+    kept = tmp_path / "results/run"
+    assert main(["train-report", str(run), "--keep", str(kept)]) == 0
     assert not list(kept.rglob("*.safetensors"))
     assert (kept / run_folder.REPORT).read_bytes() == page
     assert make_report(kept).read_bytes() == page
