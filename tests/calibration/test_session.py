@@ -173,7 +173,8 @@ def test_a_clock_and_an_arm_that_are_late_are_found_within_5_ms(session: Session
     lost_s = LOST_S * max(0.0, 1 - session.swung.pace) + session.swung.late_s
     for name, seconds in found.items():
         assert seconds == pytest.approx(true[name], abs=WITHIN_S + lost_s), (name, lost_s)
-    assert true["head_delivery"] == pytest.approx(0.07, abs=0.002 + lost_s)
+    # A picture is delivered no sooner than it was told to be; drawing it may take longer than that.
+    assert 0.068 <= true["head_delivery"] < 0.07 + 2 / CAMERA.rate_hz + lost_s
 
 
 def test_the_table_is_found(session: Session) -> None:
