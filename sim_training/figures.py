@@ -179,7 +179,7 @@ def time_split(history: Sequence[Iteration]) -> Figure:
     known = {name for it in history for name in it.seconds}
     parts = {
         "Time of an iteration": sorted(known & DRIVER_STEPS),
-        "Of its rollouts, summed over the processes that simulate": sorted(known - DRIVER_STEPS),
+        "Within its rollouts, summed over processes": sorted(known - DRIVER_STEPS),
     }
     steps = [it.iteration for it in history]
     for (panel,), (title, names) in zip(rows, parts.items(), strict=True):

@@ -46,7 +46,7 @@ class Iteration(msgspec.Struct, frozen=True, kw_only=True):
         ratio: mean distance of the ratio of probabilities from 1, over the valid tokens.
         clip_fraction: of the valid tokens.
         seconds: where the time of the iteration went: by the clock in ``DRIVER_STEPS``, the others within
-            rollouts and summed over the processes that simulate.
+            rollouts and summed over processes.
         elapsed_s: time spent in all iterations so far, over restarts.
     """
 

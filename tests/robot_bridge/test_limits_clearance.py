@@ -181,19 +181,38 @@ BOX = Box((-0.3, -0.75, 0.76), (0.3, 0.1, 1.3))
 SHARES = st.lists(st.floats(0, 1), min_size=14, max_size=14).map(np.array)
 
 
-@given(start=SHARES, goal=SHARES, steps=st.integers(1, 30), box=st.sampled_from([None, BOX]))
+@given(
+    start=SHARES,
+    goal=SHARES,
+    part=st.sampled_from([0.01, 0.1, 1.0]),
+    steps=st.integers(1, 30),
+    box=st.sampled_from([None, BOX]),
+)
 @settings(max_examples=50)
-def test_what_is_vouched_for_is_what_would_be_found(start, goal, steps, box):
-    """Along a way through everything that can be hit, a memory changes no verdict."""
+def test_what_is_vouched_for_is_what_would_be_found(start, goal, part, steps, box):
+    """Along short and long ways through everything that can be hit, a memory changes no verdict."""
     carried = {"left": np.array([[0.05, 0.0, 0.02], [0.0, 0.03, -0.04]])}
     remembers = Workspace(ROBOT, box=box, carried=carried)
     start, goal = (LOWER + share * (UPPER - LOWER) for share in (start, goal))
+    goal = start + part * (goal - start)
     now = start
     for s in np.linspace(0, 1, steps):
         pose = start + s * (goal - start)
         way = np.linspace(pose, pose + 0.02 * (goal - start), 3)
         assert remembers.unsafe(way, now) == Workspace(ROBOT, box=box, carried=carried).unsafe(way, now)
         now = pose
+
+
+@given(start=SHARES, goal=SHARES, part=st.floats(0, 0.2))
+def test_no_distance_changes_by_more_than_the_joints_can_move_a_point(start, goal, part):
+    """What vouching stands on."""
+    start, goal = (LOWER + share * (UPPER - LOWER) for share in (start, goal))
+    goal = start + part * (goal - start)
+    each = np.abs(goal - start) @ WORKSPACE._travel + 1e-9
+    heights = np.subtract(WORKSPACE.heights(goal), WORKSPACE.heights(start))
+    assert (np.abs(heights) <= each).all()
+    assert abs(WORKSPACE.gap(goal) - WORKSPACE.gap(start)) <= each.sum()
+    assert abs(WORKSPACE.self_gap(goal) - WORKSPACE.self_gap(start)) <= each.max()
 
 
 def test_most_turns_of_a_motion_are_vouched_for(monkeypatch):
