@@ -49,6 +49,7 @@ ROBOT = RIG.load_embodiment()
 CAMERA = ROBOT.camera("head")
 ZERO_RAD = 0.012
 WITHIN_S = 0.005
+DELIVERED_S = 0.07
 LOST_S = 0.1  # how much later than it can know a twin may be that keeps none of real time
 
 
@@ -65,7 +66,7 @@ METAL = Metal(
     joint_zeros_rad={"right": (0.0, 0.0, ZERO_RAD, 0.0, 0.0, 0.0)},
     command_delays_s={"right": 0.045},
     stamp_offsets_s={"head": 0.025},
-    deliveries_s={"head": 0.07},
+    deliveries_s={"head": DELIVERED_S},
 )
 
 
@@ -171,10 +172,13 @@ def test_a_clock_and_an_arm_that_are_late_are_found_within_5_ms(session: Session
     assert set(found) == {"head_stamp", "head_delivery", "right_command"}
     # What a machine takes from the twin or from us is none of what is looked for, nor could be known.
     lost_s = LOST_S * max(0.0, 1 - session.swung.pace) + session.swung.late_s
+    # A picture is delivered no sooner than it was told to be. Where drawing it takes longer than that, the
+    # delivery is as uneven as drawing is: the twin's median is of other pictures than the swing's.
+    assert true["head_delivery"] > DELIVERED_S - 0.002
+    uneven_s = {"head_delivery": max(0.0, true["head_delivery"] - DELIVERED_S)}
     for name, seconds in found.items():
-        assert seconds == pytest.approx(true[name], abs=WITHIN_S + lost_s), (name, lost_s)
-    # A picture is delivered no sooner than it was told to be; drawing it may take longer than that.
-    assert 0.068 <= true["head_delivery"] < 0.07 + 2 / CAMERA.rate_hz + lost_s
+        within_s = WITHIN_S + lost_s + uneven_s.get(name, 0.0)
+        assert seconds == pytest.approx(true[name], abs=within_s), (name, lost_s)
 
 
 def test_the_table_is_found(session: Session) -> None:
