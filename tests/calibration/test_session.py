@@ -138,9 +138,8 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
             guide = bench.guide
             assert isinstance(guide, TwinGuide)
             swung.append(Swung(guide.truth(), guide.kept(), sleeper.late_s))
-            print(
-                f"{swung[-1].truth.delays_s}, {swung[-1].pace:.3f} of real time; threads woke up to {swung[-1].late_s:.4f} s late"
-            )
+            print(f"{swung[-1].pace:.3f} of real time; threads woke up to {swung[-1].late_s:.4f} s late")
+            print(f"true: {swung[-1].truth.delays_s}")
 
     began_s = time.monotonic()
     job = Job(RIG, settings, folder / "session.json", folder, say=say, metal=METAL, window=False)
