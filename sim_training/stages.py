@@ -378,7 +378,7 @@ def _check_start(bundle: Bundle, config: TrainingConfig, network: NetworkConfig)
                 f"{key} is {said}, and that of the bundle {bundle.path} is {held}",
                 "correct the configuration",
             )
-    if msgspec.to_builtins(network) != manifest.network:
+    if msgspec.json.decode(msgspec.json.encode(network)) != manifest.network:  # lists, as the manifest has
         raise ConfigError(
             f"the bundle {bundle.path} has another network than {config.network}",
             "correct the configuration",

@@ -169,6 +169,7 @@ def test_reinforcement_learning_can_start_from_a_bundle(
         ("action_space=joint_delta", "action_space is joint_delta"),
         ("embodiment=piper_single", "embodiment is piper_single"),
         ("network=openvla_oft_7b", "another network"),
+        ("task=place_empty_cup", "knows no task"),
     ):
         with pytest.raises(ConfigError, match=words):
             run(small, [*start_here, override], tmp_path / "run")
