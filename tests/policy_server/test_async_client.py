@@ -19,6 +19,8 @@ from simplevla.embodiment import Embodiment
 from simplevla.errors import ObservationError, UnavailableError
 from simplevla.observation import Observation
 
+pytestmark = pytest.mark.by_the_clock
+
 Observe = Callable[..., Observation]
 Serving = Callable[..., AbstractContextManager[PolicyServer]]
 

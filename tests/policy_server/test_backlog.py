@@ -14,7 +14,10 @@ import zmq
 from policy_server import backlog
 from policy_server.door import Door
 
-pytestmark = pytest.mark.skipif(not backlog.is_possible(), reason="only Linux counts a connection's bytes")
+pytestmark = [
+    pytest.mark.by_the_clock,
+    pytest.mark.skipif(not backlog.is_possible(), reason="only Linux counts a connection's bytes"),
+]
 
 _PART_BYTES = 900_000
 _GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)

@@ -28,6 +28,8 @@ from simplevla.embodiment import Embodiment, load_embodiment
 from simplevla.errors import EmbodimentError
 from simplevla.observation import Observation
 
+pytestmark = pytest.mark.by_the_clock
+
 Observe = Callable[..., Observation]
 Serving = Callable[..., AbstractContextManager[PolicyServer]]
 

@@ -29,6 +29,8 @@ from simplevla.embodiment import Embodiment
 from simplevla.errors import UnavailableError
 from simplevla.observation import Observation
 
+pytestmark = pytest.mark.by_the_clock
+
 Observe = Callable[..., Observation]
 Serving = Callable[..., AbstractContextManager[PolicyServer]]
 

@@ -16,6 +16,8 @@ from policy_server.quickest import open_quickest
 from simplevla.bundle import Bundle
 from simplevla.errors import MissingExtraError
 
+pytestmark = pytest.mark.by_the_clock
+
 
 class Timed:
     """A session that takes its time."""

@@ -28,6 +28,8 @@ from simplevla.embodiment import Embodiment
 from simplevla.errors import UnavailableError
 from simplevla.observation import Observation
 
+pytestmark = pytest.mark.by_the_clock
+
 Observe = Callable[..., Observation]
 Serving = Callable[..., AbstractContextManager[PolicyServer]]
 _BODY_BYTES = 1 << 20

@@ -30,6 +30,8 @@ from simplevla.embodiment import Embodiment, load_embodiment
 from simplevla.errors import ConfigError, EmbodimentError, ObservationError, UnavailableError
 from simplevla.observation import Observation
 
+pytestmark = pytest.mark.by_the_clock
+
 CHUNK_LENGTH = 3
 Observe = Callable[..., Observation]
 Serving = Callable[..., AbstractContextManager[PolicyServer]]

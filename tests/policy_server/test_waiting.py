@@ -5,7 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import pytest
+
 from policy_server.waiting import Patience
+
+pytestmark = pytest.mark.by_the_clock
 
 
 class Source:

@@ -38,6 +38,8 @@ from simplevla.errors import ConfigError, RecordError, SimplevlaError, Unavailab
 from simplevla.files import share_dir
 from simplevla.session_record import Check, SessionRecord, save_session_record
 
+pytestmark = pytest.mark.by_the_clock
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -9,6 +9,8 @@ from simplevla import doctor
 from simplevla.cli import main
 from simplevla.doctor import Check, Finding, describe, diagnose, probe
 
+pytestmark = pytest.mark.by_the_clock
+
 GOOD = Check("python", lambda: Finding(True, "3.11", "unused"), required=("laptop", "robot-pc"))
 NO_CAN = Check("CAN", lambda: Finding(False, "none", "plug it in"), required=("robot-pc",))
 NO_ROS2 = Check("ros2", lambda: Finding(False, "none", "use up"), useful=("laptop", "robot-pc"))
