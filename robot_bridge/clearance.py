@@ -1,7 +1,7 @@
 """How far the arms are from the table, from each other and from themselves, for asking 200 times a second.
 
-Each arm is drawn as capsules along its links, and each gripper also as the corners of its fingers and of
-its rail. The table is the plane on which the task stands. Sizes are those of ``urdf/piper.urdf``.
+Each arm is drawn as in :mod:`simplevla.kinematics.arm_shape`. The table is the plane on which the task
+stands.
 
 No point of an arm moves farther than its joints' turns times its distance from their axes. A way that was
 found to keep so much more distance than it must vouches for those near it, which are most: only what leaves
@@ -16,38 +16,16 @@ from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial.transform import Rotation
 
 from robot_bridge.capsules import segment_distances
 from robot_bridge.limits import Cause, Vector
-from simplevla.embodiment import Arm, Embodiment
-from simplevla.errors import KinematicsError
-from simplevla.kinematics.chain import arm_chain
+from simplevla.embodiment import Embodiment
+from simplevla.kinematics.arm_shape import TABLE_MARGIN_M, ArmShape
 
 TABLE_TOP_M = 0.74  # RoboTwin's table, in the world frame
 
-_FINGER_TIP_M = 0.0158  # how far the fingers reach beyond the grasp point
-_FINGER_HALF_WIDTH_M = 0.011
-_FINGER_THICKNESS_M = 0.018
-_RAIL_AHEAD_M = -0.052  # the rail's front face, from the grasp point
-_RAIL_HALF_LENGTH_M = 0.061
-_RAIL_HALF_WIDTH_M = 0.022
-_LINK_RADIUS_M = 0.055  # of the spheres; covers every link's cross-section
-_GRIPPER_RADIUS_M = 0.065  # covers the rail and open fingers
-_CARRIED_RADIUS_M = 0.02
-_SPACING_M = 0.06
 _ROUNDING_M = 1e-9
 
-# A Piper's capsules: the frames whose origins they join (0 is the base, 7 the tool), and their radii, m.
-# Column, upper arm, forearm, wrist, gripper.
-_JOINTS = 6
-_START, _END = [0, 2, 3, 4, 6], [2, 3, 4, 6, 7]
-_RADII_M = (0.076, 0.047, 0.065, 0.048, 0.066)
-_LOW_M = {
-    3: 0.045,
-    4: 0.048,
-    6: 0.03,
-}  # elbow, wrist and flange: frames and how far the arm reaches below them
 # What may meet of one arm. Neighbours touch, and the forearm meets the column with its wrist first.
 _SELF_PAIRS = ((0, 3), (0, 4), (1, 3), (1, 4))
 
@@ -56,7 +34,7 @@ _SELF_PAIRS = ((0, 3), (0, 4), (1, 3), (1, 4))
 class Margins:
     """Distances that are kept free, m."""
 
-    table_m: float = 0.005
+    table_m: float = TABLE_MARGIN_M
     arms_m: float = 0.02
     self_m: float = 0.005
 
@@ -136,7 +114,7 @@ class Workspace:
             KinematicsError: an arm's model is missing or does not fit.
         """
         carried = carried or {}
-        self._arms = [(_ArmShape(arm, carried.get(arm.name)), part) for arm, part in embodiment.slices()]
+        self._arms = [(ArmShape(arm, carried.get(arm.name)), part) for arm, part in embodiment.slices()]
         self._table_top_m = table_top_m
         self._margins = margins or Margins()
         self._box = box
@@ -159,7 +137,7 @@ class Workspace:
         frames = self._frames(way)
         spare_m = []
         for (shape, part), poses in zip(self._arms, frames, strict=True):
-            height = shape.lowest(poses, way[..., part.stop - 1]) - self._table_top_m
+            height = float(shape.heights(poses, way[..., part.stop - 1]).min()) - self._table_top_m
             spare_m.append(height - self._margins.table_m)
             if height < self._margins.table_m and height < self._height(shape, now[part]) - _ROUNDING_M:
                 found.append((Cause.TABLE, part))
@@ -210,8 +188,8 @@ class Workspace:
             (strays_m < known.alone_m).all() and strays_m.sum(axis=-1).max(initial=0.0) < known.together_m
         )
 
-    def _height(self, shape: _ArmShape, positions: Vector) -> float:
-        return shape.lowest(shape.frames(positions), positions[-1]) - self._table_top_m
+    def _height(self, shape: ArmShape, positions: Vector) -> float:
+        return float(shape.heights(shape.frames(positions), positions[-1])) - self._table_top_m
 
     def _frames(self, positions: Vector) -> list[NDArray[np.float64]]:
         return [shape.frames(positions[..., part]) for shape, part in self._arms]
@@ -249,82 +227,3 @@ class Workspace:
             reach = radii[first] + radii[second]
             groups.append(_Group(first, second, reach, self._margins.arms_m, Cause.ARMS, parts))
         return groups
-
-
-class _ArmShape:
-    """One arm as capsules, spheres and corners in the world frame."""
-
-    def __init__(self, arm: Arm, carried: NDArray[np.float64] | None = None) -> None:
-        chain = arm_chain(arm)
-        if len(arm.joints) != _JOINTS:
-            raise KinematicsError(f"arm {arm.name} has {len(arm.joints)} joints", "a Piper has six")
-        self._base = np.eye(4)
-        self._base[:3, :3] = Rotation.from_euler("xyz", arm.base.rpy_rad).as_matrix()
-        self._base[:3, 3] = arm.base.xyz_m
-        self._parts = np.stack([chain.constant, chain.sine, chain.cosine])
-        self._tail = chain.tail
-        self._blend, self.link_radii = self._spheres()
-        points = np.zeros((0, 3)) if carried is None else carried
-        self._carried = np.concatenate([points, np.ones((len(points), 1))], axis=1)
-        self.radii = np.concatenate([_RADII_M, np.full(len(points), _CARRIED_RADIUS_M)])
-        self.travel = self._travel()
-
-    def frames(self, positions: Vector) -> NDArray[np.float64]:
-        """Return (..., n + 2, 4, 4) base, joint and tool frames in the world; positions (..., n + 1)."""
-        joints = positions[..., :-1]
-        weights = np.stack([np.ones_like(joints), np.sin(joints), np.cos(joints)])
-        steps = np.einsum("k...n,knij->n...ij", weights, self._parts)
-        frames = np.empty((*joints.shape[:-1], joints.shape[-1] + 2, 4, 4))
-        frames[..., 0, :, :] = pose = self._base
-        for i, step in enumerate(steps):
-            frames[..., i + 1, :, :] = pose = pose @ step
-        frames[..., -1, :, :] = pose @ self._tail
-        return frames
-
-    def lowest(self, frames: NDArray[np.float64], opening_m: NDArray[np.float64]) -> float:
-        """Return the height of the lowest point that moves, with what is carried, over all poses, m."""
-        x, y, z, height = np.moveaxis(frames[..., -1, 2, :], -1, 0)
-        y, z = np.abs(y), np.abs(z)  # corners lie on both sides of the tool's x axis
-        tip = x * _FINGER_TIP_M - y * (opening_m / 2 + _FINGER_THICKNESS_M) - z * _FINGER_HALF_WIDTH_M
-        rail = x * _RAIL_AHEAD_M - y * _RAIL_HALF_LENGTH_M - z * _RAIL_HALF_WIDTH_M
-        lowest = float(np.min(height + np.minimum(tip, rail)))
-        for frame, radius in _LOW_M.items():
-            lowest = min(lowest, float(frames[..., frame, 2, 3].min()) - radius)
-        if len(self._carried):
-            lowest = min(lowest, float((frames[..., -1, 2, :] @ self._carried.T).min()))
-        return lowest
-
-    def capsules(self, frames: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return (..., M, 3) where the capsules of links and of what is carried start and end, m."""
-        origins = frames[..., :3, 3]
-        points = (self._carried @ np.swapaxes(frames[..., -1, :, :], -1, -2))[..., :3]
-        return (
-            np.concatenate([origins[..., _START, :], points], axis=-2),
-            np.concatenate([origins[..., _END, :], points], axis=-2),
-        )
-
-    def links(self, frames: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return (S, 3) the centres of the links' spheres alone, m."""
-        centres: NDArray[np.float64] = self._blend @ frames[:, :3, 3]
-        return centres
-
-    def _travel(self) -> NDArray[np.float64]:
-        """Return (n + 1,) how far a point moves at the most as a joint turns, m/rad, and as fingers do."""
-        lengths = np.linalg.norm(self._parts[..., :3, 3], axis=-1).sum(axis=0)
-        rail = np.hypot(np.hypot(_RAIL_AHEAD_M, _RAIL_HALF_LENGTH_M), _RAIL_HALF_WIDTH_M)
-        beyond = max(rail, float(np.linalg.norm(self._carried[:, :3], axis=1).max(initial=0.0)))
-        after = np.cumsum(lengths[::-1])[::-1] + np.linalg.norm(self._tail[:3, 3]) + beyond
-        return np.append(after, 1.0)
-
-    def _spheres(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return (S, n + 2) weights that put spheres between the frames' origins, and (S,) radii, m."""
-        origins = self.frames(np.zeros(self._parts.shape[1] + 1))[:, :3, 3]
-        rows, radii = [], []
-        for i, length in enumerate(np.linalg.norm(np.diff(origins, axis=0), axis=1)):
-            count = int(np.ceil(length / _SPACING_M))
-            for s in np.arange(1, count + 1) / max(count, 1):
-                row = np.zeros(len(origins))
-                row[i], row[i + 1] = 1 - s, s
-                rows.append(row)
-                radii.append(_GRIPPER_RADIUS_M if i == len(origins) - 2 else _LINK_RADIUS_M)
-        return np.array(rows), np.array(radii)

@@ -20,13 +20,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from simplevla.embodiment import Embodiment
 from simplevla.errors import SimplevlaError
-from simplevla.motion import MotionLimits, approach
+from simplevla.motion import MotionLimits, approach, braked, way_to_rest
 
 Vector = NDArray[np.float64]
 
 _DOOR = object()
 _GRIP_SLACK = 1.25
-_WAY = np.array([0.25, 0.5, 0.75, 1.0])  # shares of the time to rest at which the way is judged
 _SAME = 1e-12  # rad or m: rounding, snapped away so that an allowed setpoint is passed on bit by bit
 
 
@@ -219,7 +218,7 @@ class Limiter:
         if not (np.isfinite(dt_s) and dt_s > 0):
             return self._setpoint(self._position, [LimitEvent(Cause.TIMING)])
         dt = min(float(dt_s), self._tolerances.longest_s)
-        brake = self._brake(dt)
+        brake = braked(self._limits, self._velocity, dt)
         target, doubt = self._readable(wanted)
         feedback = np.asarray(measured, dtype=np.float64)
         if feedback.shape != self._limits.lower.shape or not np.isfinite(feedback).all():
@@ -298,29 +297,14 @@ class Limiter:
         if self._clearance is None:
             return
         assert self._position is not None
-        for cause, part in self._clearance.unsafe(self._way(velocity, dt), self._position):
+        way = way_to_rest(self._limits, self._position, velocity, dt)
+        for cause, part in self._clearance.unsafe(way, self._position):
             velocity[part] = brake[part]
             events.append(LimitEvent(cause, self._arm_names.get(part.start, "")))
-
-    def _way(self, velocity: Vector, dt: float) -> Vector:
-        """Return (K, D) where the joints are if they move on with ``velocity`` and then brake to rest.
-
-        Joints that rest sooner wait for the others: what lies between may be nearer to something than
-        either end.
-        """
-        lasts = np.abs(velocity) / self._limits.acceleration
-        times = np.minimum(_WAY[:, None] * lasts.max(), lasts)
-        braking = np.sign(velocity) * self._limits.acceleration
-        way = self._advance(velocity, dt) + velocity * times - braking * times**2 / 2
-        return np.clip(way, self._limits.lower, self._limits.upper)
 
     def _advance(self, velocity: Vector, dt: float) -> Vector:
         assert self._position is not None
         return np.clip(self._position + velocity * dt, self._limits.lower, self._limits.upper)
-
-    def _brake(self, dt: float) -> Vector:
-        step = self._limits.acceleration * dt
-        return self._velocity - np.clip(self._velocity, -step, step)
 
     def _hold(self, brake: Vector, dt: float, events: list[LimitEvent]) -> SafeSetpoint:
         assert self._position is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from robot_bridge.chunk_execution import smooth_move
@@ -163,8 +163,15 @@ def test_an_arm_that_was_parked_folded_may_leave(bent):
 poses = st.tuples(*(st.floats(low, high) for low, high in zip(LOWER, UPPER, strict=True))).map(np.array)
 
 
+PASSING = [  # two arms at full speed, nearest between points at which the way was once judged
+    np.array([2.5, 0.25, -2.25, 0, 0, 0, 0, 0, 1, -1, 0, 0, 0, 0]),
+    np.array([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, -1, 0, 0]),
+]
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.lists(poses, min_size=1, max_size=3))
+@example(PASSING)
 def test_no_sequence_of_poses_brings_the_setpoints_below_the_table_or_into_an_arm(goals):
     limiter = Limiter(ROBOT, WORKSPACE)
     limiter.reset(ROBOT.home())
@@ -172,9 +179,9 @@ def test_no_sequence_of_poses_brings_the_setpoints_below_the_table_or_into_an_ar
         for tick in range(150):
             positions = limiter.admit(goal, limiter.position, DT).positions
             if tick % 5 == 0:
-                assert min(WORKSPACE.heights(positions)) > 0
-                assert WORKSPACE.gap(positions) > 0
-                assert WORKSPACE.self_gap(positions) > -0.005
+                assert min(WORKSPACE.heights(positions)) > 0.75 * Margins().table_m
+                assert WORKSPACE.gap(positions) > 0.75 * Margins().arms_m
+                assert WORKSPACE.self_gap(positions) > 0
 
 
 BOX = Box((-0.3, -0.75, 0.76), (0.3, 0.1, 1.3))
