@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sim_training.table_clearance import TableClearance
 from sim_training.world import PHYSICS_DT_S, World
 from simplevla.errors import ChunkError
 from simplevla.motion import MotionLimits, approach
@@ -33,9 +34,10 @@ def play(
 
     What is wanted moves in a straight line from the last setpoint to each target (the arm node passes
     through the same targets on a smoother path), and the setpoint follows within the embodiment's
-    velocity and acceleration limits, as the limits before the bus have it. After the last target the
-    arms come to rest, as they do while the real stack looks and asks again. Success is tested at every
-    physics step, as in RoboTwin.
+    velocity and acceleration limits and keeps clear of the table, as the limits before the bus have it.
+    Those between two arms, and of an arm from itself, are left out: few policies come near them. After
+    the last target the arms come to rest, as they do while the real stack looks and asks again. Success
+    is tested at every physics step, as in RoboTwin.
 
     Args:
         world: where.
@@ -56,7 +58,8 @@ def play(
             f"actions of shape {targets.shape} are not finite (K, {world.embodiment.dimension}) targets",
             "check the policy",
         )
-    path = setpoints(MotionLimits.of(world.embodiment), world.targets()[None], targets[None], dt_s)
+    table_top_m = np.array([world.table_top_m])
+    path = setpoints(world.clearance, world.targets()[None], targets[None], dt_s, table_top_m)
     each = physics_steps(dt_s)
     if after_action is None:
         steps, success = world.follow(path[0])
@@ -65,14 +68,18 @@ def play(
     return Played(min(-(-steps // each), len(targets)), success)
 
 
-def setpoints(limits: MotionLimits, start: Array, targets: Array, dt_s: float) -> list[Array]:
+def setpoints(
+    clearance: TableClearance, start: Array, targets: Array, dt_s: float, table_top_m: Array
+) -> list[Array]:
     """Return what N robots are driven by, physics step by physics step, until they rest again.
 
     Nothing measured enters, so that all of them are computed at once.
 
     Args:
+        clearance: the robot's.
         start: (N, D) where the setpoints are, at rest.
         targets: (N, K, D) absolute targets, one every ``dt_s``.
+        table_top_m: (N,) heights of the tables in the world.
 
     Returns:
         N arrays (T, D); T differs, since each rests after a time of its own.
@@ -80,6 +87,32 @@ def setpoints(limits: MotionLimits, start: Array, targets: Array, dt_s: float) -
     Raises:
         ChunkError: ``dt_s`` is shorter than a physics step.
     """
+    paths = _paths(clearance.limits, start, targets, dt_s)
+    low = [
+        row
+        for row, (path, top) in enumerate(zip(paths, table_top_m, strict=True))
+        if clearance.endangers(start[row], path, PHYSICS_DT_S, top)
+    ]
+    if low:  # few are: asking of all paths at once and then again is quicker than asking step by step
+
+        def keep(position: Array, velocity: Array, wanted: Array) -> Array:
+            return clearance.kept(position, velocity, wanted, PHYSICS_DT_S, table_top_m[low])
+
+        for row, path in zip(
+            low, _paths(clearance.limits, start[low], targets[low], dt_s, keep), strict=True
+        ):
+            paths[row] = path
+    return paths
+
+
+def _paths(
+    limits: MotionLimits,
+    start: Array,
+    targets: Array,
+    dt_s: float,
+    keep: Callable[[Array, Array, Array], Array] | None = None,
+) -> list[Array]:
+    """Return what :func:`setpoints` does; ``keep`` makes of velocities that are wanted safe ones."""
     steps = physics_steps(dt_s)
     resting = np.repeat(targets[:, -1:], round(_REST_S / dt_s), axis=1)
     corner = before = setpoint = start
@@ -89,7 +122,8 @@ def setpoints(limits: MotionLimits, start: Array, targets: Array, dt_s: float) -
     for index, target in enumerate(np.concatenate([targets, resting], axis=1).swapaxes(0, 1)):
         for step in range(1, steps + 1):
             wanted = corner + (target - corner) * (step / steps)
-            velocity = approach(limits, setpoint, velocity, before, wanted, PHYSICS_DT_S).velocity
+            towards = approach(limits, setpoint, velocity, before, wanted, PHYSICS_DT_S).velocity
+            velocity = towards if keep is None else keep(setpoint, velocity, towards)
             setpoint = setpoint + velocity * PHYSICS_DT_S
             before = wanted
             path.append(setpoint)

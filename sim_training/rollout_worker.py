@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from sim_training.episode import physics_steps, setpoints
 from sim_training.pictures import with_small_cameras
 from sim_training.randomisation import Randomisation
+from sim_training.table_clearance import TableClearance
 from sim_training.tasks import load_task
 from sim_training.world import PHYSICS_DT_S, World
 from simplevla.action_codec import ActionCodec
 from simplevla.bundle import ActionSpaceName
 from simplevla.embodiment import Embodiment
 from simplevla.kinematics.action_space import to_joint_targets
-from simplevla.motion import MotionLimits
 from simplevla.policy.config import NetworkConfig
 from simplevla.policy.processor import proprioception
 from simplevla.policy.resample import Resample
@@ -132,7 +132,7 @@ class Worker:
         embodiment = msgspec.structs.replace(settings.embodiment, cameras=seen)
         self._settings = settings
         self._embodiment = embodiment
-        self._limits = MotionLimits.of(embodiment)
+        self._clearance = TableClearance(embodiment)
         self._steps = physics_steps(settings.dt_s)
         self._resample = (
             None
@@ -206,9 +206,12 @@ class Worker:
         paths: list[NDArray[np.float64]] = [_NO_PATH] * len(slots)
         lefts = np.array([min(targets.shape[1], self._horizon - slot.done) for slot in slots])
         start = np.stack([slot.world.targets() for slot in slots])
+        tops = np.array([slot.world.table_top_m for slot in slots])
         for left in np.unique(lefts):
             rows = np.flatnonzero(lefts == left)
-            found = setpoints(self._limits, start[rows], targets[rows, :left], self._settings.dt_s)
+            found = setpoints(
+                self._clearance, start[rows], targets[rows, :left], self._settings.dt_s, tops[rows]
+            )
             for row, path in zip(rows, found, strict=True):
                 paths[row] = path
         return paths

@@ -32,6 +32,7 @@ from sim_training import room
 from sim_training.assets import Asset
 from sim_training.randomisation import PLACEMENT_KEY, Randomisation, Variation, draw, generator
 from sim_training.splits import draw_scene
+from sim_training.table_clearance import TableClearance
 from sim_training.tasks.base import TABLE_TOP_M, Circle, Judge, Placement, Task
 from simplevla.embodiment import Arm, Embodiment
 from simplevla.errors import EmbodimentError, UnavailableError
@@ -92,6 +93,7 @@ class World:
         self.embodiment = embodiment
         self.task = task
         self.randomisation = randomisation or Randomisation.none()
+        self.clearance = TableClearance(embodiment)
         self.fingers: dict[str, tuple[str, str]] = {}
         self.seed = -1
         self._render = render

@@ -35,7 +35,7 @@ def test_while_a_realtime_module_runs_the_other_process_waits(tmp_path: Path) ->
     for name in ("a_realtime", "b", "c_realtime", "d"):
         marks = "pytest.mark.realtime" if "realtime" in name else ""
         (tmp_path / f"tests/test_{name}.py").write_text(MODULE.format(marks=marks, log=str(log)))
-    plugins = ["-p", "xdist", "-p", "pytest_timeout"]
+    plugins = ["-p", "xdist", "-p", "pytest_timeout", "-p", "pytest_rerunfailures"]
     two = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]  # as in the Makefile
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *plugins, *two],

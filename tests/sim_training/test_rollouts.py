@@ -10,12 +10,13 @@ from sim_training.episode import play, setpoints
 from sim_training.grpo.experience import Answer, Episode, Looks
 from sim_training.rollout_worker import RolloutSettings
 from sim_training.rollouts import Environments
+from sim_training.table_clearance import TableClearance
+from sim_training.tasks.base import TABLE_TOP_M
 from sim_training.world import World
 from simplevla.action_codec import ActionCodec
 from simplevla.embodiment import Embodiment
 from simplevla.errors import UnavailableError
 from simplevla.kinematics.action_space import to_joint_targets
-from simplevla.motion import MotionLimits
 from simplevla.policy.config import NetworkConfig, load_sizes
 from simplevla.policy.processor import proprio_size
 from simplevla.policy.resample import Resample
@@ -134,12 +135,13 @@ def test_a_worker_that_dies_is_said_to_have_died(settings: RolloutSettings) -> N
 
 def test_setpoints_of_many_are_those_of_each(dual: Embodiment) -> None:
     rng = np.random.default_rng(0)
-    limits, home = MotionLimits.of(dual), dual.home()
-    start = np.tile(home, (3, 1))
+    clearance, home = TableClearance(dual), dual.home()
+    start, tops = np.tile(home, (3, 1)), np.full(3, TABLE_TOP_M)
     targets = home + rng.normal(0, 0.05, (3, 4, 14))
     targets[1] = home  # rests at once
-    together = setpoints(limits, start, targets, 0.1)
+    together = setpoints(clearance, start, targets, 0.1, tops)
     for row in range(3):
-        (alone,) = setpoints(limits, start[row : row + 1], targets[row : row + 1], 0.1)
+        one = slice(row, row + 1)
+        (alone,) = setpoints(clearance, start[one], targets[one], 0.1, tops[one])
         assert np.array_equal(together[row], alone)
     assert len({len(path) for path in together}) > 1
