@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 
 from policy_server import messages, protocol
+from policy_server.clock import ServerClock
 from policy_server.protocol import MessageError, Part, ServerTiming
 from simplevla.action_chunk import ActionChunk, check_chunk
 from simplevla.embodiment import Embodiment
@@ -91,7 +92,7 @@ class Conversation:
         self._jpeg_quality = jpeg_quality
         # Request numbers never repeat, so that a late answer is never taken for a fresh one.
         self._requests = itertools.count(1)
-        self._clock_ns = 0  # the server's monotonic clock less this machine's
+        self._clock = ServerClock()
         self._info: ServerInfo | None = None
         self._cameras: tuple[str, ...] = ()
 
@@ -137,7 +138,7 @@ class Conversation:
             request,
             observation,
             self._cameras,
-            deadline_ns=max(1, round(1e9 * deadline_s) + self._clock_ns),
+            deadline_ns=max(1, round(1e9 * deadline_s) + self._clock.ahead_ns),
             jpeg_quality=self._jpeg_quality,
         )
 
@@ -153,7 +154,8 @@ class Conversation:
         known = {camera.name for camera in self._embodiment.cameras}
         if not known.issuperset(camera.name for camera in header.cameras):
             raise EmbodimentError("the server asks for cameras of another robot", "restart the server")
-        self._set_clock(header.clock_ns, asked_s, spent_ms=0.0)
+        self._clock = ServerClock()  # it may have been started anew, elsewhere
+        self._clock.hear(header.clock_ns, round(1e9 * asked_s), time.monotonic_ns())
         self._cameras = tuple(camera.name for camera in header.cameras)
         before, self._info = (
             self._info,
@@ -199,7 +201,8 @@ class Conversation:
         chunk = messages.decode_chunk(message)
         header = message.header
         assert isinstance(header, protocol.Chunk)
-        self._set_clock(header.clock_ns, asked_s, spent_ms=header.timing.total_ms)
+        spent_ns = round(1e6 * header.timing.total_ms)
+        self._clock.hear(header.clock_ns, round(1e9 * asked_s), time.monotonic_ns(), spent_ns)
         check_chunk(chunk, self._embodiment)
         same_policy = chunk.policy_id == self.info.policy_id
         if chunk.capture_ns != observation.capture_ns or (
@@ -221,12 +224,6 @@ class Conversation:
         if not isinstance(message.header, protocol.Status):
             raise _unexpected(message.header)
         return message.header
-
-    def _set_clock(self, server_ns: int, asked_s: float, *, spent_ms: float) -> None:
-        """Estimate how far the clocks are apart: the answer took half of what the server did not take."""
-        now_ns = time.monotonic_ns()
-        travel_ns = max(0, now_ns - round(1e9 * asked_s) - round(1e6 * spent_ms))
-        self._clock_ns = server_ns + travel_ns // 2 - now_ns
 
 
 def accepted(message: messages.Message) -> messages.Message:
