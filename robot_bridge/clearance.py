@@ -137,7 +137,8 @@ class Workspace:
         frames = self._frames(way)
         spare_m = []
         for (shape, part), poses in zip(self._arms, frames, strict=True):
-            height = float(shape.heights(poses, way[..., part.stop - 1]).min()) - self._table_top_m
+            rows = np.moveaxis(poses[..., 2, :], -2, 0)
+            height = float(shape.lowest(rows, way[..., part.stop - 1]).min()) - self._table_top_m
             spare_m.append(height - self._margins.table_m)
             if height < self._margins.table_m and height < self._height(shape, now[part]) - _ROUNDING_M:
                 found.append((Cause.TABLE, part))
@@ -189,7 +190,7 @@ class Workspace:
         )
 
     def _height(self, shape: ArmShape, positions: Vector) -> float:
-        return float(shape.heights(shape.frames(positions), positions[-1])) - self._table_top_m
+        return float(shape.heights(positions)) - self._table_top_m
 
     def _frames(self, positions: Vector) -> list[NDArray[np.float64]]:
         return [shape.frames(positions[..., part]) for shape, part in self._arms]

@@ -46,9 +46,9 @@ class TableClearance:
         turns = np.abs(velocity) * (dt_s + np.abs(velocity) / (2 * self.limits.acceleration))
         lowest = table_top_m + TABLE_MARGIN_M
         for shape, part in self._arms:
-            near = _heights(shape, part, before) - turns[:, part] @ shape.travel < lowest
+            near = shape.heights(before[..., part]) - turns[:, part] @ shape.travel < lowest
             way = way_to_rest(self.limits, before[near], velocity[near], dt_s)
-            if near.any() and float(_heights(shape, part, way).min()) < lowest:
+            if near.any() and float(shape.heights(way[..., part]).min()) < lowest:
                 return True
         return False
 
@@ -66,14 +66,10 @@ class TableClearance:
         chosen = wanted.copy()
         way = way_to_rest(self.limits, position, wanted, dt_s)
         for shape, part in self._arms:
-            lowest = _heights(shape, part, way).min(axis=0)
+            lowest = shape.heights(way[..., part]).min(axis=0)
             low = lowest < table_top_m + TABLE_MARGIN_M
             if low.any():
-                low &= lowest < _heights(shape, part, position) - _ROUNDING_M  # who is too low may come up
+                # Who is too low may come up.
+                low &= lowest < shape.heights(position[:, part]) - _ROUNDING_M
                 chosen[low, part] = braked(self.limits, velocity, dt_s)[low, part]
         return chosen
-
-
-def _heights(shape: ArmShape, part: slice, positions: Array) -> Array:
-    """Return (...) how high an arm's lowest point is in the world; positions (..., D)."""
-    return shape.heights(shape.frames(positions[..., part]), positions[..., part.stop - 1])

@@ -6,6 +6,8 @@ Sizes are those of ``urdf/piper.urdf``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy.spatial.transform import Rotation
 
@@ -47,6 +49,7 @@ class ArmShape:
         self._base[:3, :3] = Rotation.from_euler("xyz", arm.base.rpy_rad).as_matrix()
         self._base[:3, 3] = arm.base.xyz_m
         self._parts = np.stack([chain.constant, chain.sine, chain.cosine])
+        self._rows = np.concatenate([chain.constant, chain.sine, chain.cosine], axis=-1)
         self._tail = chain.tail
         self._blend, self.link_radii = self._spheres()
         points = np.zeros((0, 3)) if carried is None else carried
@@ -66,22 +69,36 @@ class ArmShape:
         frames[..., -1, :, :] = pose @ self._tail
         return frames
 
-    def heights(self, frames: Array, opening_m: Array) -> Array:
-        """Return (...) the height in the world of the lowest point that moves, with what is carried, m.
+    def heights(self, positions: Array) -> Array:
+        """Return (...) how high the lowest point that moves is in the world, m; positions (..., n + 1)."""
+        # The third rows of all frames, without the rest of them: that is a quarter of the work.
+        flat = positions.reshape(-1, positions.shape[-1]).T
+        sine, cosine = np.sin(flat)[..., None], np.cos(flat)[..., None]
+        row = np.broadcast_to(self._base[2], (flat.shape[1], 4))
+        rows = [row]
+        for i, parts in enumerate(self._rows):
+            terms = row @ parts
+            row = terms[:, :4] + sine[i] * terms[:, 4:8] + cosine[i] * terms[:, 8:]
+            rows.append(row)
+        lowest = self.lowest([*rows, row @ self._tail], flat[-1])
+        return lowest.reshape(positions.shape[:-1])
+
+    def lowest(self, rows: Sequence[Array] | Array, opening_m: Array) -> Array:
+        """Return (...) the height of the lowest point that moves, with what is carried, m.
 
         Args:
-            frames: (..., n + 2, 4, 4), see :meth:`frames`.
+            rows: n + 2 arrays (..., 4), the third rows of :meth:`frames`.
             opening_m: (...) the gripper's.
         """
-        x, y, z, height = np.moveaxis(frames[..., -1, 2, :], -1, 0)
+        x, y, z, height = np.moveaxis(rows[-1], -1, 0)
         y, z = np.abs(y), np.abs(z)  # corners lie on both sides of the tool's x axis
         tip = x * _FINGER_TIP_M - y * (opening_m / 2 + _FINGER_THICKNESS_M) - z * _FINGER_HALF_WIDTH_M
         rail = x * _RAIL_AHEAD_M - y * _RAIL_HALF_LENGTH_M - z * _RAIL_HALF_WIDTH_M
         lowest: Array = height + np.minimum(tip, rail)
         for frame, radius in _LOW_M.items():
-            lowest = np.minimum(lowest, frames[..., frame, 2, 3] - radius)
+            lowest = np.minimum(lowest, rows[frame][..., 3] - radius)
         if len(self._carried):
-            lowest = np.minimum(lowest, (frames[..., -1, 2, :] @ self._carried.T).min(axis=-1))
+            lowest = np.minimum(lowest, (rows[-1] @ self._carried.T).min(axis=-1))
         return lowest
 
     def capsules(self, frames: Array) -> tuple[Array, Array]:

@@ -26,7 +26,7 @@ DT_S = 0.1
 
 def heights(path: np.ndarray, table_top_m: float = TABLE_TOP_M) -> np.ndarray:
     """Return (T,) how high above the table the arm's lowest point is, m."""
-    return SHAPE.heights(SHAPE.frames(path), path[:, -1]) - table_top_m
+    return SHAPE.heights(path) - table_top_m
 
 
 def driven(targets: np.ndarray, table_top_m: float = TABLE_TOP_M) -> np.ndarray:
