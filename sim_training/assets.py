@@ -182,6 +182,19 @@ def coaster() -> Asset:
 
 
 @lru_cache(maxsize=1)
+def card_packs() -> tuple[Asset, ...]:
+    """Return the three packs of ``move_playingcard_away``: boxes on their long side.
+
+    54 to 60 mm across a corner, so that all fit a 70 mm gripper at any yaw.
+    """
+    return (
+        _pack("cards_red", (0.0260, 0.0145, 0.0215), (0.78, 0.10, 0.12)),
+        _pack("cards_blue", (0.0240, 0.0160, 0.0205), (0.10, 0.22, 0.66)),
+        _pack("cards_green", (0.0235, 0.0140, 0.0225), (0.08, 0.45, 0.22)),
+    )
+
+
+@lru_cache(maxsize=1)
 def clutter() -> tuple[Asset, ...]:
     """Return small things that belong to no task."""
     return (
@@ -274,6 +287,15 @@ def _column(name: str, corners: Array, height: float, paint: Colour) -> Asset:
     hull = np.concatenate([np.pad(corners, ((0, 0), (0, 1)), constant_values=z) for z in (0.0, height)])
     radius = float(np.hypot(*corners.T).max())
     return Asset(name, (Visual(column(corners, height), paint),), (hull,), 0.05, radius, height)
+
+
+def _pack(name: str, half_size: tuple[float, float, float], paint: Colour) -> Asset:
+    """Return a box of cards with a white label across its top and its long sides."""
+    plain = _block(name, half_size, paint)
+    x, y, z = half_size
+    label = box((0.45 * x, y + 0.0004, z + 0.0002), (0.0, 0.0, z + 0.0002))
+    visuals = (*plain.visuals, Visual(label, (0.95, 0.94, 0.90), roughness=0.6))
+    return replace(plain, visuals=visuals, mass_kg=0.06)
 
 
 def _bell(name: str, radius: float, height: float, *, dome: Colour, base: Colour) -> Asset:

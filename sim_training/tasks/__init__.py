@@ -5,12 +5,14 @@ from __future__ import annotations
 from sim_training.tasks.base import Task
 from sim_training.tasks.click_bell import ClickBell
 from sim_training.tasks.move_can_pot import MoveCanPot
+from sim_training.tasks.move_playingcard_away import MovePlayingcardAway
 from sim_training.tasks.place_a2b import PlaceA2BLeft, PlaceA2BRight
 from sim_training.tasks.place_empty_cup import PlaceEmptyCup
 from simplevla.cli import require_choice
 
 _TASKS: dict[str, type[Task]] = {
     MoveCanPot.name: MoveCanPot,
+    MovePlayingcardAway.name: MovePlayingcardAway,
     PlaceA2BLeft.name: PlaceA2BLeft,
     PlaceA2BRight.name: PlaceA2BRight,
     ClickBell.name: ClickBell,

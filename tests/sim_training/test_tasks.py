@@ -14,7 +14,14 @@ from sim_training.episode import play
 from sim_training.expert import Expert
 from sim_training.randomisation import PLACEMENT_KEY, generator
 from sim_training.splits import Scenes, Split, draw_scene
-from sim_training.tasks import click_bell, load_task, place_a2b, place_empty_cup, task_names
+from sim_training.tasks import (
+    click_bell,
+    load_task,
+    move_playingcard_away,
+    place_a2b,
+    place_empty_cup,
+    task_names,
+)
 from sim_training.tasks.base import Placement
 from sim_training.world import Touch, World
 from simplevla.embodiment import load_embodiment
@@ -37,10 +44,11 @@ def distance(first: Placement, second: Placement) -> float:
     return float(np.hypot(*np.subtract(first.xy_m, second.xy_m)))
 
 
-def test_there_are_the_tasks_that_the_paper_transfers_and_the_two_with_pushcuts() -> None:
+def test_there_are_the_tasks_that_the_paper_transfers_and_those_with_pushcuts() -> None:
     assert task_names() == [
         "click_bell",
         "move_can_pot",
+        "move_playingcard_away",
         "place_a2b_left",
         "place_a2b_right",
         "place_empty_cup",
@@ -90,13 +98,21 @@ def test_the_cup_and_the_coaster_stand_where_robotwin_puts_them(seed: int) -> No
     assert not cup.fixed
 
 
+@given(SEEDS)
+def test_the_pack_stands_where_robotwin_puts_it(seed: int) -> None:
+    pack = placed("move_playingcard_away", seed)["pack"]
+    assert 0.05 <= abs(pack.xy_m[0]) <= 0.1
+    assert -0.2 <= pack.xy_m[1] <= 0.05
+    assert not pack.fixed
+
+
 @pytest.mark.parametrize("task", task_names())
 def test_both_sides_and_every_model_occur_and_one_arm_gets_its_own_side(task: str) -> None:
     first, *_ = placed(task, 0)
     moved = "can" if task == "move_can_pot" else first
     scenes = [placed(task, seed) for seed in range(150)]
     assert {np.sign(scene[moved].xy_m[0]) for scene in scenes} == {-1, 1}
-    counts = {"click_bell": 2, "move_can_pot": 5, "place_empty_cup": 1}
+    counts = {"click_bell": 2, "move_can_pot": 5, "move_playingcard_away": 3, "place_empty_cup": 1}
     assert len({scene[moved].asset.name for scene in scenes}) == counts.get(task, 12)
     assert all(placed(task, seed, "piper_single")[moved].xy_m[0] > 0 for seed in range(20))
 
@@ -174,6 +190,26 @@ def test_the_cup_on_the_coaster(change: dict, success: bool) -> None:
     assert place_empty_cup.is_success(replace(CUP_DONE, **change)) == success
 
 
+PACK_DONE = move_playingcard_away.State(away_m=0.25, rise_m=0.0, tilt_rad=0.0, openings=(1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "success"),
+    [
+        ({}, True),
+        ({"away_m": 0.231}, True),
+        ({"away_m": 0.229}, False),
+        ({"away_m": -0.25}, False),
+        ({"rise_m": 0.004}, False),
+        ({"rise_m": -0.2}, False),
+        ({"tilt_rad": np.deg2rad(16)}, False),
+        ({"openings": (1.0, 0.79)}, False),
+    ],
+)
+def test_the_pack_away_from_the_middle(change: dict, success: bool) -> None:
+    assert move_playingcard_away.is_success(replace(PACK_DONE, **change)) == success
+
+
 @pytest.mark.parametrize(
     ("link", "impulse", "point", "click"),
     [
@@ -204,6 +240,7 @@ def attempt(world: World) -> tuple[bool, int]:
 @pytest.mark.parametrize(
     ("task", "strategy"),
     [
+        ("move_playingcard_away", Strategy.GRASP),
         ("place_a2b_left", Strategy.GRASP),
         ("place_a2b_right", Strategy.GRASP),
         ("place_empty_cup", Strategy.GRASP),
@@ -260,22 +297,36 @@ class OneShoveAway(place_a2b.PlaceA2BLeft):
         return replace(a, asset=small_things()[6], xy_m=(0.17, -0.05)), replace(b, xy_m=(0.40, -0.05))
 
 
-def test_a_shove_can_place_a_beside_b() -> None:
-    embodiment = EMBODIMENTS["piper_single"]
-    arm = embodiment.arms[0]
+def shove(world: World, *corners: tuple[float, float, float]) -> None:
+    """Lead the open gripper of the one arm along straight lines; the tool points as at home."""
+    arm = world.embodiment.arms[0]
     chain = arm_chain(arm)
     limits = np.array([(j.lower_rad, j.upper_rad) for j in arm.joints]).T
-    corners = np.array([(0.3, -0.13, 0.94), (0.06, -0.05, 0.9), (0.06, -0.05, 0.775), (0.14, -0.05, 0.775)])
-    with World(embodiment, OneShoveAway(), render=False) as world:
+    pose, joints = chain.forward(arm.home_rad), np.array(arm.home_rad)
+    for start, end in pairwise(np.array(corners)):
+        for point in np.linspace(start, end, 150):
+            right, away, up = point - arm.base.xyz_m
+            pose[:3, 3] = away, -right, up
+            joints = chain.inverse_nearest(pose, joints, *limits)
+            world.set_targets([*joints, 0.07])
+            world.step()
+            if world.success():
+                return
+
+
+def test_a_shove_can_place_a_beside_b() -> None:
+    with World(EMBODIMENTS["piper_single"], OneShoveAway(), render=False) as world:
         world.reset(1)
-        pose, joints = chain.forward(arm.home_rad), np.array(arm.home_rad)
-        for start, end in pairwise(corners):
-            for point in np.linspace(start, end, 150):
-                right, away, up = point - arm.base.xyz_m
-                pose[:3, 3] = away, -right, up
-                joints = chain.inverse_nearest(pose, joints, *limits)
-                world.set_targets([*joints, 0.07])
-                world.step()
+        shove(world, (0.3, -0.13, 0.94), (0.06, -0.05, 0.9), (0.06, -0.05, 0.775), (0.14, -0.05, 0.775))
+        assert world.success()
+        assert world.strategy() is Strategy.PUSH
+
+
+def test_an_open_gripper_can_push_the_pack_away() -> None:
+    with World(EMBODIMENTS["piper_single"], load_task("move_playingcard_away"), render=False) as world:
+        world.reset(14)
+        x, y, z = world.object_position("pack")
+        shove(world, (0.3, -0.13, 0.94), (x, y, z + 0.1), (x, y, z + 0.027), (0.32, y, z + 0.027))
         assert world.success()
         assert world.strategy() is Strategy.PUSH
 
