@@ -45,6 +45,7 @@ class Iteration(msgspec.Struct, frozen=True, kw_only=True):
         entropy: of the action distributions at the sampling temperature, nats a token.
         ratio: mean distance of the ratio of probabilities from 1, over the valid tokens.
         clip_fraction: of the valid tokens.
+        horizon: actions that a sampled episode might take; 0 for the task's own limit.
         seconds: where the time of the iteration went: by the clock in ``DRIVER_STEPS``, the others within
             rollouts and summed over processes.
         elapsed_s: time spent in all iterations so far, over restarts.
@@ -64,6 +65,7 @@ class Iteration(msgspec.Struct, frozen=True, kw_only=True):
     temperature: float
     seconds: dict[str, float]
     elapsed_s: float
+    horizon: int = 0
     regions: dict[str, Counted] = {}
     greedy: Counted | None = None
 

@@ -75,12 +75,14 @@ class Command(NamedTuple):
         lane: comes back with the answer.
         slots: (n,) slots that act; ``bins`` (n, K, D) uint8 are their chunks.
         begin: (slot, seed) of each episode to begin.
+        horizon: actions after which the episodes of all slots have failed; 0 as the settings have it.
     """
 
     lane: int
     slots: list[int]
     bins: NDArray[np.uint8]
     begin: list[tuple[int, int]]
+    horizon: int = 0
 
 
 class Ended(NamedTuple):
@@ -145,7 +147,7 @@ class Worker:
         )
         shown = with_small_cameras(embodiment, network) if settings.small_pictures else embodiment
         task = load_task(settings.task)
-        self._horizon = settings.horizon or task.step_limit
+        self._own_horizon = self._horizon = settings.horizon or task.step_limit
         self._slots = [
             _Slot(World(shown, task, randomisation=settings.randomisation)) for _ in range(settings.slots)
         ]
@@ -168,6 +170,7 @@ class Worker:
     def advance(self, command: Command) -> News:
         """Play the chunks of ``command``, begin its episodes, and return what there is to see then."""
         self._seconds = {}
+        self._horizon = command.horizon or self._own_horizon
         ended = self._play(command.slots, command.bins) if command.slots else []
         over = {end.slot for end in ended}
         with self._timed("scene"):

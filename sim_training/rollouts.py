@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,13 +101,18 @@ class Environments:
     ) -> None:
         self._hosts.close()
 
-    def collect(self, episodes: Sequence[Episode], act: Act) -> list[Trajectory]:
+    def collect(self, episodes: Sequence[Episode], act: Act, *, horizon: int = 0) -> list[Trajectory]:
         """Play every episode to its end and return them, in the order of ``episodes``.
+
+        Args:
+            episodes: what to play.
+            act: the policy.
+            horizon: actions after which an episode has failed; 0 as the settings have it.
 
         Raises:
             UnavailableError: a worker died.
         """
-        waiting = deque(enumerate(episodes))
+        waiting = _Waiting(deque(enumerate(episodes)), horizon)
         attempts: dict[tuple[int, int], _Attempt] = {}
         finished: dict[int, Trajectory] = {}
         for lane in range(LANES):
@@ -149,17 +154,18 @@ class Environments:
         free: Sequence[int],
         acting: list[int],
         bins: NDArray[np.uint8],
-        waiting: deque[tuple[int, Episode]],
+        waiting: _Waiting,
         attempts: dict[tuple[int, int], _Attempt],
     ) -> None:
         begin = []
         for slot in free:
-            if waiting:
-                index, episode = waiting.popleft()
+            if waiting.episodes:
+                index, episode = waiting.episodes.popleft()
                 attempts[host, slot] = _Attempt(index, episode)
                 begin.append((slot, episode.seed))
         if acting or begin:
-            self._hosts.send(host, Command(lane, acting, np.ascontiguousarray(bins), begin))
+            bins = np.ascontiguousarray(bins)
+            self._hosts.send(host, Command(lane, acting, bins, begin, waiting.horizon))
 
     def _spent(self, what: str, since: float) -> None:
         self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - since
@@ -216,6 +222,13 @@ class Processes:
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+class _Waiting(NamedTuple):
+    """Episodes that have not begun, each with its index, and the actions that each may take."""
+
+    episodes: deque[tuple[int, Episode]]
+    horizon: int
 
 
 @dataclass(eq=False)

@@ -206,6 +206,7 @@ def _iterate(
         gradient_norm=figures["gradient_norm"],
         learning_rate=settings.learning_rate(number),
         temperature=temperature,
+        horizon=settings.horizon(number),
         seconds=seconds,
         elapsed_s=state.elapsed_s + clock.elapsed_s(),
     )
@@ -253,7 +254,7 @@ def _sample(
         wanted += [Episode(seed, member) for seed in seeds for member in range(sampling.group_size)]
         found = [
             replace(t, version=state.iteration, region=region_of(t.episode.seed) if region_of else t.region)
-            for t in environments.collect(wanted, act)
+            for t in environments.collect(wanted, act, horizon=settings.horizon(state.iteration))
         ]
         played += found
         before = {group[0].episode.seed: group for group in again}

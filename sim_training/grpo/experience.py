@@ -107,9 +107,10 @@ class Environments(Protocol):
         """The prompts of the run, in the order of ``Looks.prompts``."""
         ...
 
-    def collect(self, episodes: Sequence[Episode], act: Act) -> list[Trajectory]:
+    def collect(self, episodes: Sequence[Episode], act: Act, *, horizon: int = 0) -> list[Trajectory]:
         """Play every episode to its end and return them, in the order of ``episodes``.
 
+        An episode has failed after ``horizon`` actions; 0 leaves that to the environments.
         ``act`` is called with whatever looks are due together; its answer to a look depends on that
         look alone, so that the order in which environments get ready changes nothing.
         """

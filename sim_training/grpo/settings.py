@@ -86,6 +86,8 @@ class SamplingSettings(Config, frozen=True, kw_only=True):
             p; off, all are equally likely.
         curriculum_memory: share of its past that a region's success keeps each iteration.
         horizon: actions that an episode may take; 0 for the task's own limit.
+        final_horizon: where the horizon goes, in a straight line over the iterations; 0 to leave it
+            where it is. Less and less time rewards the quickest way alone.
     """
 
     group_size: Annotated[int, Meta(ge=2, le=256)] = 8
@@ -104,10 +106,13 @@ class SamplingSettings(Config, frozen=True, kw_only=True):
     curriculum: bool = False
     curriculum_memory: Share = 0.8
     horizon: Annotated[int, Meta(ge=0)] = 0
+    final_horizon: Annotated[int, Meta(ge=0)] = 0
 
     def __post_init__(self) -> None:
         if self.accuracy_low > self.accuracy_high:
             raise ValueError("accuracy_low must not be above accuracy_high")
+        if self.final_horizon and not self.horizon:
+            raise ValueError("final_horizon needs a horizon to start from")
 
     @property
     def sampled_groups(self) -> int:
@@ -251,7 +256,13 @@ class GrpoSettings(Config, frozen=True, kw_only=True):
 
     def temperature(self, iteration: int) -> float:
         """Return the temperature of an iteration."""
-        start, end = self.sampling.temperature, self.sampling.final_temperature
+        return self._moved(self.sampling.temperature, self.sampling.final_temperature, iteration)
+
+    def horizon(self, iteration: int) -> int:
+        """Return how many actions an episode of an iteration may take; 0 for the task's own limit."""
+        return round(self._moved(self.sampling.horizon, self.sampling.final_horizon, iteration))
+
+    def _moved(self, start: float, end: float, iteration: int) -> float:
         if not end or self.iterations == 1:
             return start
         return start + (end - start) * min(iteration / (self.iterations - 1), 1.0)

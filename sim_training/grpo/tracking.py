@@ -48,6 +48,7 @@ def figures_of(iteration: Iteration) -> dict[str, float]:
         "update/gradient_norm": iteration.gradient_norm,
         "update/learning_rate": iteration.learning_rate,
         "update/temperature": iteration.temperature,
+        "sampling/horizon": iteration.horizon,
         **{f"seconds/{name}": value for name, value in iteration.seconds.items()},
         **{f"region/{name}": part.rate.rate for name, part in iteration.regions.items()},
         **{f"strategy/{k}": v / max(sampled.successes, 1) for k, v in sampled.strategies.items()},

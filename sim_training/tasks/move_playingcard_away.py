@@ -52,7 +52,7 @@ _START_X_M, _NEAR_Y_M, _FAR_Y_M = (0.05, 0.1), -0.2, 0.05
 _MAX_RISE_M = 0.003
 _GOAL_X_M, _DELIVERED_M = 0.26, 0.24
 _GRASP_AT = 0.62  # of the height: the fingertips then keep clear of the table
-_CLEARANCE_M = 0.02  # nothing is in the way
+_CLEARANCE_M = 0.01  # nothing is in the way
 _NEW_PACKS = frozenset({"cards_green"})
 
 

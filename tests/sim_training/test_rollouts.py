@@ -90,6 +90,12 @@ def test_an_episode_is_what_play_makes_of_its_actions(
             play(blind, targets[: 12 - K * turn], 0.1)
 
 
+def test_a_call_may_give_less_time_than_the_settings(environments: Environments) -> None:
+    (short,) = environments.collect([Episode(3)], act, horizon=7)
+    (usual,) = environments.collect([Episode(3)], act)
+    assert (short.actions, short.looks, usual.actions) == (7, 2, 12)
+
+
 def test_pictures_have_the_networks_size_and_look_as_evaluations_do(
     environments: Environments, seeing: World
 ) -> None:

@@ -46,11 +46,13 @@ class Lamps:
         self.width = width
         self.seconds = {"simulation": 0.0}
         self.collected: list[Episode] = []
+        self.horizons: list[int] = []
         self.calls = 0
         self.dies_in = dies_in
 
-    def collect(self, episodes: Sequence[Episode], act: Act) -> list[Trajectory]:
+    def collect(self, episodes: Sequence[Episode], act: Act, *, horizon: int = 0) -> list[Trajectory]:
         self.calls += 1
+        self.horizons.append(horizon)
         for number, episode in enumerate(episodes):
             if self.calls == self.dies_in and number == len(episodes) // 2:
                 raise KeyboardInterrupt

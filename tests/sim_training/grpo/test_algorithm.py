@@ -169,16 +169,18 @@ def test_correction_weighs_by_the_truncated_ratio_of_the_policies() -> None:
     assert mean == pytest.approx((8 * 1.5 + 2 * 2.0) / 10, rel=1e-5)
 
 
-def test_the_learning_rate_rises_and_falls_and_the_temperature_moves() -> None:
+def test_the_learning_rate_rises_and_falls_and_temperature_and_horizon_move() -> None:
     settings = GrpoSettings(
         iterations=11,
         update=UpdateSettings(learning_rate=1.0, warmup=1, decay=True),
-        sampling=SamplingSettings(temperature=1.5, final_temperature=0.5),
+        sampling=SamplingSettings(temperature=1.5, final_temperature=0.5, horizon=40, final_horizon=25),
     )
     assert settings.learning_rate(0) == 1.0
     assert settings.learning_rate(6) == pytest.approx(0.5)
     assert settings.learning_rate(11) == pytest.approx(0.0)
     assert [settings.temperature(i) for i in (0, 5, 10)] == pytest.approx([1.5, 1.0, 0.5])
+    assert [settings.horizon(i) for i in (0, 1, 4, 10)] == [40, 38, 34, 25]
+    assert GrpoSettings(iterations=2).horizon(1) == 0
 
 
 @pytest.mark.parametrize(
@@ -188,6 +190,7 @@ def test_the_learning_rate_rises_and_falls_and_the_temperature_moves() -> None:
         {"placement": {"learners": 2}},
         {"placement": {"engine": "ray", "learners": 3}, "update": {"mini_batch": 8, "micro_batch": 4}},
         {"sampling": {"accuracy_low": 0.9, "accuracy_high": 0.1}},
+        {"sampling": {"final_horizon": 20}},
         {"update": {"policy_loss": "mine"}},
         {"evaluate_every": 0, "deliver": "best"},
     ],

@@ -140,6 +140,21 @@ def test_training_evaluation_and_validation_use_different_states(
     assert max(validation) < FIRST_EVALUATION_SEED
 
 
+def test_attempts_get_less_and_less_time_and_evaluations_all_of_it(
+    run: Run, lamps: Any, tmp_path: Path
+) -> None:
+    environments = lamps()
+    settings = make_settings(
+        3,
+        evaluate_every=3,
+        evaluation_episodes=4,
+        sampling={"dynamic": False, "horizon": 40, "final_horizon": 20},
+    )
+    history = run(tmp_path, settings, environments)
+    assert environments.horizons == [40, 30, 20, 0]
+    assert [iteration.horizon for iteration in history] == [40, 30, 20]
+
+
 def test_the_best_policy_is_delivered_if_it_is_asked_for(run: Run, tmp_path: Path) -> None:
     settings = make_settings(2, evaluate_every=1, evaluation_episodes=4, deliver="best")
     run(tmp_path, settings)
