@@ -18,7 +18,7 @@ def test_each_is_named_for_its_task() -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "trials", "rate"), [("move_can_pot", 100, 0.6), ("click_bell", 200, 0.917)]
+    ("task", "trials", "rate"), [("move_can_pot", 100, 0.6), ("click_bell", 200, 0.8)]
 )
 def test_it_is_small_and_says_where_it_comes_from(task: str, trials: int, rate: float) -> None:
     bundle = load_bundle(BUNDLES / task)
@@ -34,6 +34,6 @@ def test_it_is_small_and_says_where_it_comes_from(task: str, trials: int, rate: 
 
 @pytest.mark.parametrize("task", sorted(STRATEGIES))
 def test_it_does_its_task(task: str) -> None:
-    report = evaluate(BundleSource(BUNDLES / task), task, episodes=2, seed=30_000)
-    assert report.success.successes >= 1
-    assert report.strategies == {STRATEGIES[task]: 2}
+    report = evaluate(BundleSource(BUNDLES / task), task, episodes=4, seed=30_000)
+    assert report.success.successes >= 2
+    assert report.strategies == {STRATEGIES[task]: report.success.successes}
