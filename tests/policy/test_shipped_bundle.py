@@ -17,9 +17,7 @@ def test_each_is_named_for_its_task() -> None:
         assert task in load_bundle(BUNDLES / task).manifest.instructions
 
 
-@pytest.mark.parametrize(
-    ("task", "trials", "rate"), [("move_can_pot", 100, 0.6), ("click_bell", 200, 0.8)]
-)
+@pytest.mark.parametrize(("task", "trials", "rate"), [("move_can_pot", 100, 0.6), ("click_bell", 200, 0.8)])
 def test_it_is_small_and_says_where_it_comes_from(task: str, trials: int, rate: float) -> None:
     bundle = load_bundle(BUNDLES / task)
     network = load_network(bundle)
