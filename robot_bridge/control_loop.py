@@ -47,6 +47,7 @@ _HOME_SPEED = 0.3  # of the limits, on the way home
 _HOME_PATIENCE_S = 3.0
 _BRAKE_PATIENCE_S = 1.5
 _RESET_PATIENCE_S = 2.0
+_SEND_AFTER_S = 0.002  # into a turn: nearly all have computed by then, so that setpoints leave evenly
 _PERIODS_KEPT = 400
 _REPEAT_STOP = 20  # turns
 _FORGET_AFTER = 2.5  # times the age at which the arms hold
@@ -95,7 +96,8 @@ class Health:
 
     Attributes:
         reason: why it is in a mode that takes no trajectories; empty otherwise.
-        period_p50_ms, period_p99_ms: time between turns over the last seconds.
+        period_p50_ms, period_p99_ms: time between turns over the last seconds, taken where a turn has sent
+            its setpoints, so that it is what the buses see.
         missed: turns that were left out because the machine was late, since the start.
         limits: {cause: setpoints it changed since the start}.
     """
@@ -156,6 +158,7 @@ class ControlLoop:
         self._mode = Mode.OFF
         self._reason = _OFF
         self._periods: deque[float] = deque(maxlen=_PERIODS_KEPT)
+        self._sent_s = 0.0
         self._missed = 0
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="control-loop", daemon=True)
@@ -302,7 +305,7 @@ class ControlLoop:
         return Health(self._mode, self._reason, float(p50), float(p99), self._missed, limits)
 
     def _run(self) -> None:
-        due_s = last_s = time.monotonic()
+        due_s = self._sent_s = time.monotonic()
         index = 0
         while not self._closing.is_set():
             late = max(0, int((time.monotonic() - due_s) / self._period_s))
@@ -316,9 +319,6 @@ class ControlLoop:
                     if self._mode is not Mode.FAULT:
                         logger.exception("the control loop failed")
                     self._fail("the control loop failed: see its log")
-            now_s = time.monotonic()
-            self._periods.append(now_s - last_s)
-            last_s = now_s
             index += 1
             due_s += self._period_s
             self._closing.wait(max(0.0, due_s - time.monotonic()))
@@ -344,10 +344,14 @@ class ControlLoop:
             to_stop = self._to_stop
         sent = None
         if setpoint is not None:
+            self._closing.wait(max(0.0, t_s + _SEND_AFTER_S - time.monotonic()))
             sent = _joined([driver.send(setpoint, part) for driver, part in self._arms])
         elif mode is Mode.STOPPED and index % _REPEAT_STOP == 0:
             due = [want and not state.stopped for want, state in zip(to_stop, states, strict=True)]
             self._stop_all(due)
+        now_s = time.monotonic()
+        self._periods.append(now_s - self._sent_s)
+        self._sent_s = now_s
         self._on_tick(Tick(index, time.time_ns(), states, sent, events, mode, reason, played))
 
     def _judge(self, states: Sequence[ArmState]) -> None:

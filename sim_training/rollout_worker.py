@@ -235,8 +235,7 @@ class Worker:
         with self._timed("rendering"):
             for slot in slots:
                 slot.state = slot.world.positions()
-                for name in self._settings.cameras:
-                    slot.world.expose(name)
+                slot.world.expose(*self._settings.cameras)
         with self._timed("physics"):
             for slot in slots:
                 slot.world.step(round(slot.world.variation.think_s / PHYSICS_DT_S))

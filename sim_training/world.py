@@ -100,6 +100,7 @@ class World:
         self._scene: Any = None
         self._steps = 0
         self._late: deque[list[float]] = deque()
+        self._exposed: tuple[str, ...] = ()
 
     def __enter__(self) -> World:
         return self
@@ -111,10 +112,12 @@ class World:
 
     def close(self) -> None:
         """Give the scene and its memory back."""
+        self._await_pictures()
         self._scene = None
         self._arms: list[_SimulatedArm] = []
         self._bodies: dict[str, Any] = {}
         self._cameras: dict[str, Any] = {}
+        self._drawn: dict[str, NDArray[np.uint8]] = {}
 
     def reset(self, seed: int, positions: ArrayLike | None = None) -> None:
         """Begin the episode ``seed``: build the scene, place the arms, let things settle.
@@ -297,22 +300,49 @@ class World:
         self.expose(camera)
         return self.develop(camera)
 
-    def expose(self, camera: str) -> None:
-        """Begin a picture of the world as it is now; drawing goes on beside the caller.
+    @property
+    def drawing(self) -> bool:
+        """Whether a picture that was exposed has not been developed."""
+        return bool(self._exposed)
+
+    def expose(self, *cameras: str) -> None:
+        """Begin pictures of the world as it is now; drawing goes on beside the caller.
+
+        What was exposed before is waited for: SAPIEN may not change a scene that it still draws, and
+        has ended the process with a segmentation fault where it did.
 
         Raises:
             EmbodimentError: there is no such camera.
             UnavailableError: the world was made without cameras.
         """
-        self.embodiment.camera(camera)
+        for camera in cameras:
+            self.embodiment.camera(camera)
         if not self._render:
             raise UnavailableError("this world was made without cameras", "make it with render=True")
+        self._await_pictures()
+        self._exposed = cameras
         self._scene.update_render()
-        self._cameras[camera].take_picture()
+        for camera in cameras:
+            self._drawn.pop(camera, None)
+            self._cameras[camera].take_picture()
 
     def develop(self, camera: str) -> NDArray[np.uint8]:
-        """Return the picture that was last exposed; waits until it is drawn. See :meth:`render`."""
-        return room.rgb(self._cameras[camera])
+        """Return the picture that was last exposed; waits until it is drawn. See :meth:`render`.
+
+        Raises:
+            UnavailableError: none was exposed since the last one was developed.
+        """
+        if camera in self._exposed:
+            self._exposed = tuple(name for name in self._exposed if name != camera)
+            return room.rgb(self._cameras[camera])
+        if camera not in self._drawn:
+            raise UnavailableError(f"camera {camera!r} has exposed no picture", "expose one first")
+        return self._drawn.pop(camera)
+
+    def _await_pictures(self) -> None:
+        for camera in self._exposed:
+            self._drawn[camera] = room.rgb(self._cameras[camera])
+        self._exposed = ()
 
     def move_camera(self, camera: str, position_m: ArrayLike, look_at_m: ArrayLike) -> None:
         """Move a camera of the embodiment; "up" in its picture is towards world +z."""

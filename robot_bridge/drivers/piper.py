@@ -31,15 +31,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from robot_bridge.drivers.claim import claim
 from robot_bridge.drivers.piper_faults import JOINTS, TEACH_FAULT
 from robot_bridge.drivers.piper_feedback import ArmState, Feedback, from_counts, to_counts, version
 from robot_bridge.limits import SafeSetpoint
@@ -84,14 +86,11 @@ class PiperDriver:
             and setpoints are true positions, and the arm is spoken to in its own.
 
     Raises:
-        UnavailableError: on entering, the bus cannot be opened, is in use by another driver of this
-            process, or nothing is heard of the arm.
+        UnavailableError: on entering, the bus cannot be opened, is in use by another driver on this
+            machine, or nothing is heard of the arm.
         EmbodimentError: the arm has not six joints, or says that its gripper opens less far.
         MissingExtraError: piper_sdk is not installed.
     """
-
-    _open_channels: ClassVar[set[tuple[str, str]]] = set()
-    _registry: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(
         self,
@@ -121,22 +120,14 @@ class PiperDriver:
         self._closing = threading.Event()
         self._reader: threading.Thread | None = None
         self._sdk: Any = None
-        self._claimed = False
+        self._claim: socket.socket | None = None
         self._feedback: Feedback | None = None
         self._latest: tuple[ArmState, float] | None = None  # with its time on the monotonic clock
         self._sent: tuple[int, ...] | None = None
         self._forget()
 
     def __enter__(self) -> PiperDriver:
-        key = (self.can.interface, self.can.channel)
-        with self._registry:
-            if key in self._open_channels:
-                raise UnavailableError(
-                    f"arm {self.arm.name}: {self._where} is already open in this process",
-                    "give each arm a bus of its own, and one driver",
-                )
-            self._open_channels.add(key)
-            self._claimed = True
+        self._claim = claim(self.can)
         try:
             self._connect()
         except BaseException:
@@ -159,10 +150,9 @@ class PiperDriver:
             with self._send_lock:
                 self._sdk.DisconnectPort()
                 self._sdk = None
-        if self._claimed:
-            with self._registry:
-                self._open_channels.discard((self.can.interface, self.can.channel))
-            self._claimed = False
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
 
     def state(self) -> ArmState:
         """Return the newest whole state; its ``age_s`` says whether it still means anything."""

@@ -45,7 +45,7 @@ from robot_bridge.nodes.managed import ManagedNode
 from robot_bridge.nodes.piper_topics import PiperTopics
 from robot_bridge.nodes.process import diagnostics, run_node, set_stamp, stamp_ns, status, trigger
 from robot_bridge.nodes.stop_line import stop_line
-from robot_bridge.priority import ask_for_priority
+from robot_bridge.priority import ask_for_priority, ask_for_real_time, in_real_time
 from robot_bridge.rig import load_rig, named
 from simplevla.embodiment import Arm
 from simplevla.errors import ChunkError, SimplevlaError
@@ -59,7 +59,7 @@ _DROPS = "the motors have no power now: an arm that was not supported has droppe
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the node until it is asked to end; return the exit status."""
-    ask_for_priority()
+    ask_for_real_time() or ask_for_priority()
     sys.setswitchinterval(0.0005)  # the loop's turn must not wait 5 ms for another thread's
     return run_node("arms", ArmsNode, sys.argv if argv is None else argv)
 
@@ -229,6 +229,7 @@ class ArmsNode(ManagedNode):
             "period_p50_ms": f"{health.period_p50_ms:.2f}",
             "period_p99_ms": f"{health.period_p99_ms:.2f}",
             "missed_turns": health.missed,
+            "real_time": in_real_time(),
             **{f"limits.{cause}": count for cause, count in sorted(health.limits.items())},
         }
         well = health.mode is Mode.OFF or (health.mode is Mode.ON and not health.reason)

@@ -81,7 +81,7 @@ class EmulatedCamera:
             if now_s >= exposed_s + self._draw_s:
                 self._publish(capture_ns)
                 self._deliveries.append(max(time.monotonic() - exposed_s, self._wanted_delivery_s()))
-        elif now_s >= self._next_s:
+        elif now_s >= self._next_s and not self._world.drawing:  # cameras of one scene take turns
             self._next_s = max(self._next_s + self._period_s, now_s)
             self._exposed = (now_s, time.time_ns())
             self._world.expose(self.name)

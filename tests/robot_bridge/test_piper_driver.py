@@ -1,7 +1,10 @@
 """The Piper driver on the vendor's SDK, against an emulated arm on its bus."""
 
+import subprocess
+import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 
 import msgspec
@@ -10,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from robot_bridge.drivers.claim import claim
 from robot_bridge.drivers.piper import PiperDriver
 from robot_bridge.drivers.piper_faults import describe_faults, must_hold
 from robot_bridge.limits import Limiter, SafeSetpoint
@@ -305,9 +309,35 @@ def test_a_missing_adapter_is_named_with_what_to_do() -> None:
 
 
 def test_one_bus_has_one_driver(driver: PiperDriver, can: CanPort) -> None:
-    with pytest.raises(UnavailableError, match="already open"), PiperDriver(RIGHT, can):
+    with pytest.raises(UnavailableError, match="is driven by another"), PiperDriver(RIGHT, can):
         pass
     assert driver.state().age_s < 0.2
+
+
+CLAIM = """
+import sys
+from robot_bridge.drivers.claim import claim
+from robot_bridge.rig import CanPort
+held = claim(CanPort(interface="socketcan", channel=sys.argv[1]))
+print("claimed", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_bus_is_claimed_from_other_programs_until_they_end_however_they_do() -> None:
+    port = CanPort(interface="socketcan", channel=f"can_{uuid.uuid4().hex[:8]}")
+    command = [sys.executable, "-c", CLAIM, port.channel]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == b"claimed\n"
+            with pytest.raises(UnavailableError, match=f"{port.channel} is driven by another program"):
+                claim(port)
+            claim(msgspec.structs.replace(port, channel=port.channel + "_")).close()
+        finally:
+            other.kill()
+    claim(port).close()
+    claim(port).close()
 
 
 def test_temperatures_currents_and_voltage_are_told(driver: PiperDriver, bench: BenchArm) -> None:

@@ -1,5 +1,6 @@
 """The scene: determinism, drives, and cameras that see what is there."""
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -144,6 +145,31 @@ def test_pictures_show_something_and_never_lag_behind(seeing: World) -> None:
     seeing.set_targets(target)
     seeing.step(100)
     assert (seeing.render("head") != first).any()
+
+
+def test_pictures_of_several_cameras_are_drawn_at_once_and_outlast_the_next_exposure(
+    dual: Embodiment,
+) -> None:
+    head = dual.cameras[0]
+    beside = msgspec.structs.replace(head, name="side", position_m=(0.4, *head.position_m[1:]))
+    several = msgspec.structs.replace(dual, cameras=(head, beside))
+    with World(several, load_task("move_can_pot")) as world:
+        world.reset(2)
+        alone = {name: world.render(name) for name in ("head", "side")}
+        world.expose("head", "side")
+        assert world.drawing
+        assert all(np.array_equal(world.develop(name), alone[name]) for name in ("side", "head"))
+        assert not world.drawing
+        world.expose("head")
+        target = world.targets()
+        target[0] -= 0.5
+        world.set_targets(target)
+        world.step(100)
+        world.expose("side")
+        assert np.array_equal(world.develop("head"), alone["head"])
+        assert (world.develop("side") != alone["side"]).any()
+        with pytest.raises(UnavailableError, match="exposed no picture"):
+            world.develop("side")
 
 
 def test_a_camera_can_be_moved(seeing: World) -> None:
