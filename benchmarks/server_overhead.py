@@ -5,7 +5,8 @@ project's server through shared memory, TCP, and TCP with keys, sealed or throug
 client (openpi-client from PyPI) with a server of its websocket protocol; plain ZMQ REQ/REP; and copying the
 images once, which no transport can be quicker than. Compare the ratios: the milliseconds are those of this
 machine, now. With --burst 1 every request finds the caches as the others left them, which hurts the
-quickest most. With --spin-us ours look for a moment before they sleep, while answers come that quickly.
+quickest most. Through shared memory and sealed, ours look for a moment before they sleep, while answers
+come that quickly: --spin-us says for how long.
 
     python -m benchmarks.server_overhead
 """

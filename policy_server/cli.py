@@ -93,8 +93,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         type=whole_number(0, 100_000),
         default=round(1e6 * SPIN_S),
         metavar="US",
-        help="longest time to look for the next message before going to sleep, only while messages come "
-        "that quickly; 0 for never (default: %(default)s)",
+        help="longest time to look for the next message of shared memory or of a sealed connection before "
+        "going to sleep, only while messages come that quickly; 0 for never (default: %(default)s)",
     )
     parser.add_argument(
         "--batch-wait-ms",

@@ -209,6 +209,7 @@ class Door:
         for handle, _ in self._patience.wait(self._epoll.poll, 0.0 if got else timeout_s):
             if handle == self._router_fd:
                 got += self._receive_remote()
+                self._patience.forget()
             elif handle == self._wake:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._wake)

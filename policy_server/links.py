@@ -62,7 +62,7 @@ class Way:
 
     def begin(self) -> Link:
         """Return the way over the network, where a client says hello first; ConfigError if it is none."""
-        return RemoteLink(self.address, self.keys, self.spin_s)
+        return RemoteLink(self.address, self.keys)
 
     def quicker(self, welcome: Welcome, timeout_s: float) -> Link | None:
         """Return the quickest way that a server offers and that is open; None if that is the first one."""

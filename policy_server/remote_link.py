@@ -14,7 +14,6 @@ except ImportError as _error:
     raise MissingExtraError("pyzmq", "robot") from _error
 
 from policy_server.keys import ClientKeys
-from policy_server.waiting import SPIN_S, Patience
 
 _HEARTBEAT_MS = 1000
 _SILENCE_MS = 3000
@@ -30,18 +29,16 @@ class RemoteLink:
 
     transport = "network"
 
-    def __init__(self, address: str, keys: ClientKeys | None = None, spin_s: float = SPIN_S) -> None:
+    def __init__(self, address: str, keys: ClientKeys | None = None) -> None:
         """Begin to connect; that nobody is there shows when no answer comes.
 
         Args:
             address: the server's.
             keys: encrypt, and speak to the one server that they name.
-            spin_s: see :class:`policy_server.waiting.Patience`.
 
         Raises:
             ConfigError: it is no address.
         """
-        self._patience = Patience(spin_s)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         for option, value in (
@@ -90,14 +87,14 @@ class RemoteLink:
 
     def receive(self, timeout_s: float) -> list[Part] | None:
         """Return the next message, or None if there is none within ``timeout_s``."""
-        return self._patience.wait(self._look, timeout_s)
-
-    def _look(self, timeout_s: float) -> list[Part] | None:
-        if timeout_s > 0:
+        if not self._has_news() and timeout_s > 0:
             self._socket.poll(max(1, round(1e3 * timeout_s)))
-        if not int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        if not self._has_news():
             return None
         return list(self._socket.recv_multipart())
+
+    def _has_news(self) -> bool:
+        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
     def close(self) -> None:
         """Let go of the socket; safe to call twice."""

@@ -1,18 +1,19 @@
 """Waiting for what may come at once: look again for a moment, then sleep.
 
 To be woken costs tens of microseconds. Who was not kept waiting for longer than a moment the last time may
-look again and again for that moment this time, before going to sleep; who waits for a robot's next picture
-sleeps at once. The moment is nothing unless asked for: on a machine of two cores whoever looks takes the
-processor from whoever is about to answer, and answers were seen to come later.
+look again and again for that moment this time, before going to sleep; who waits for a robot's next
+picture, or for a network that computes for milliseconds, sleeps at once. Not for what ZMQ brings: its own
+threads need the processor for that, which whoever looks would take from them on a small machine.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
-SPIN_S = 0.0
+SPIN_S = 4e-4
 
 _Found = TypeVar("_Found")
 
@@ -24,9 +25,10 @@ class Patience:
         """Take the moment.
 
         Args:
-            spin_s: the longest time that is spent looking before going to sleep, s; 0 for none.
+            spin_s: the longest time that is spent looking before going to sleep, s; 0 for none. Nor is
+                any where this process has one processor alone: whoever answers needs it.
         """
-        self._spin_s = spin_s
+        self._spin_s = spin_s if len(os.sched_getaffinity(0)) > 1 else 0.0
         self._was_short = False
 
     def wait(self, look: Callable[[float], _Found], timeout_s: float) -> _Found:
@@ -47,3 +49,7 @@ class Patience:
             found = look(timeout_s)
         self._was_short = bool(found) and time.perf_counter() - start_s < self._spin_s
         return found
+
+    def forget(self) -> None:
+        """Sleep at once the next time."""
+        self._was_short = False

@@ -12,6 +12,11 @@ from policy_server.waiting import Patience
 pytestmark = pytest.mark.by_the_clock
 
 
+@pytest.fixture(autouse=True)
+def _two_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+
+
 class Source:
     """Has something from ``after`` looks on, and notes for how long each look was allowed to sleep."""
 
@@ -57,6 +62,24 @@ def test_who_had_to_wait_sleeps_the_next_time() -> None:
     assert waited(patience, Source(after=99, takes_s=0.03))(5.0) == ["it"]
     source = Source(after=99)
     assert waited(patience, source)(5.0) == ["it"]
+    assert source.slept_s == [0.0, 5.0]
+
+
+def test_who_is_told_to_forget_sleeps_the_next_time() -> None:
+    patience = Patience(spin_s=1.0)
+    waited(patience, Source(after=99))(5.0)
+    patience.forget()
+    source = Source(after=7)
+    assert waited(patience, source)(5.0) == ["it"]
+    assert source.slept_s == [0.0, 5.0]
+
+
+def test_with_one_processor_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    patience = Patience(spin_s=1.0)
+    waited(patience, Source(after=99))(5.0)
+    source = Source(after=7)
+    waited(patience, source)(5.0)
     assert source.slept_s == [0.0, 5.0]
 
 
