@@ -11,8 +11,8 @@ help: ## list these targets
 setup: ## system libraries, .venv with pinned versions, this package in it
 	@tools/setup.sh
 
-demo: setup ## five trials of the shipped policy on the twin, with a report
-	$(BIN)/simplevla trial --twin --trials 5
+demo: setup ## five trials on the twin of the policy that reinforcement learning made, with a report
+	$(BIN)/simplevla trial --rig twin_single --task click_bell --trials 5
 
 test: lint ## linters, types, import walls and the whole test suite
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
