@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-SPIN_S = 4e-4
+SPIN_S = 8e-4  # more than an answer takes whose way finds cold caches, less than any network computes
 
 _Found = TypeVar("_Found")
 
