@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sim_training.progress import episodes as counting
 from sim_training.seeds import FIRST_EVALUATION_SEED
-from simplevla.cli import Command, require_choice, whole_number
+from simplevla.cli import Command, choice_or_only, require_choice, whole_number
 from simplevla.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ examples:
   simplevla evaluate bundles/move_can_pot --split all --episodes 100 --json splits.json
 """
     parser.add_argument("bundle", type=Path, help="folder of a policy bundle")
-    parser.add_argument("--task", default="move_can_pot", help="task to try (default: move_can_pot)")
+    parser.add_argument("--task", help="task to try (default: the bundle's, if it has one alone)")
     parser.add_argument(
         "--episodes", type=whole_number(1, 1_000_000), default=100, help="how many (default: 100)"
     )
@@ -132,10 +132,11 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     from sim_training.tasks import task_names
     from simplevla.session_record import load_session_record
 
-    require_choice("task", args.task, task_names())
+    if args.task is not None:
+        require_choice("task", args.task, task_names())
     randomisation = Randomisation.of([name.strip() for name in args.randomise.split(",")])
     source = BundleSource(args.bundle)
-    require_choice("task of this bundle", args.task, source().tasks)
+    args.task = choice_or_only("task of this bundle", args.task, source().tasks)
     if args.split is not None:
         return _evaluate_splits(args, source, randomisation)
     record = load_session_record(args.session_record) if args.session_record else None

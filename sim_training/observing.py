@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simplevla.cli import Command, require_choice, whole_number
+from simplevla.cli import Command, choice_or_only, require_choice, whole_number
 from simplevla.files import write_atomic
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class _Watched:
 def _configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of the policy bundle")
-    parser.add_argument("--task", default="move_can_pot", help="task to try (default: move_can_pot)")
+    parser.add_argument("--task", help="task to try (default: the bundle's, if it has one alone)")
     parser.add_argument(
         "--count", type=whole_number(1, 10_000), default=500, help="how many observations (default: 500)"
     )
@@ -97,10 +97,11 @@ def _observe(args: argparse.Namespace) -> int:
     from sim_training.evaluation import BundleSource
     from sim_training.tasks import task_names
 
-    require_choice("task", args.task, task_names())
+    if args.task is not None:
+        require_choice("task", args.task, task_names())
     policy = BundleSource(args.bundle)()
-    require_choice("task of this bundle", args.task, policy.tasks)
-    observations = record_observations(policy, args.task, count=args.count, seed=args.seed)
+    task = choice_or_only("task of this bundle", args.task, policy.tasks)
+    observations = record_observations(policy, task, count=args.count, seed=args.seed)
     save_observations(args.out, observations)
     print(f"written {args.out}: {len(observations)} observations")
     return 0

@@ -128,3 +128,16 @@ def require_choice(kind: str, name: str, allowed: Sequence[str]) -> str:
     if name not in allowed:
         raise ConfigError(f"unknown {kind} {name!r}", f"choose one of: {', '.join(allowed)}")
     return name
+
+
+def choice_or_only(kind: str, name: str | None, allowed: Sequence[str]) -> str:
+    """Return ``name`` as :func:`require_choice` does; without one, what is allowed if that is one alone.
+
+    Raises:
+        ConfigError: it is not allowed, or there is more than one to choose from.
+    """
+    if name is not None:
+        return require_choice(kind, name, allowed)
+    if len(allowed) != 1:
+        raise ConfigError(f"there is more than one {kind}", f"choose one of: {', '.join(allowed)}")
+    return allowed[0]

@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 
 import pytest
 
-from simplevla.cli import GROUP, Command, main, require_choice, whole_number
+from simplevla.cli import GROUP, Command, choice_or_only, main, require_choice, whole_number
 from simplevla.errors import ConfigError
 from simplevla.files import share_dir
 
@@ -107,6 +107,16 @@ def test_whole_number_takes_the_range_alone():
     for text in ("0", "6", "1.5", "x", ""):
         with pytest.raises(argparse.ArgumentTypeError):
             parse(text)
+
+
+def test_the_only_choice_needs_no_name():
+    assert choice_or_only("task", None, ["a"]) == "a"
+    assert choice_or_only("task", "b", ["a", "b"]) == "b"
+    with pytest.raises(ConfigError, match="unknown task 'c'"):
+        choice_or_only("task", "c", ["a"])
+    with pytest.raises(ConfigError, match="more than one task") as raised:
+        choice_or_only("task", None, ["a", "b"])
+    assert "a, b" in raised.value.remedy
 
 
 def test_require_choice_names_what_is_allowed():
