@@ -1,5 +1,6 @@
-r"""What each part of the recipe is worth: reinforcement learning with one part at a time taken away.
+r"""What each part of the recipe is worth: reinforcement learning with one thing at a time changed.
 
+A part of the recipe is taken away or, with --switches, something is switched on that it leaves off.
 Every run starts from the same fine-tuned policy, samples the same number of episodes in each of the
 same number of iterations, and is evaluated on the same initial states that no training used. Runs are
 made one after another, each resumable: call it again with the same arguments after an interruption.
@@ -7,6 +8,7 @@ made one after another, each resumable: call it again with the same arguments af
     python -m benchmarks.ablations --config config/training/move_can_pot.yaml \
         --start runs/move_can_pot/policy-0/bundle --out runs/ablations --iterations 30
     python -m benchmarks.ablations --out runs/ablations --keep results/ablations    # only the table
+    python -m benchmarks.ablations --switches --out runs/switches ...               # what goes beyond it
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from sim_training.figures import curves_of_runs
+from sim_training.grpo.settings import GrpoSettings, PolicyLoss
 from sim_training.results import compare, keep, markdown_table
 from sim_training.run_record import read_run
 from sim_training.training_config import TrainingConfig, load_config
@@ -28,6 +32,9 @@ from simplevla.files import whole_directory, write_atomic
 
 FULL = "full-recipe"
 _SEED = "seed-"
+_CLIPS = {  # GSPO clips the ratio of whole attempts, which is that much nearer to 1 (arXiv 2507.18071, 5.1)
+    "gspo": ("grpo.update.clip_low=0.0003", "grpo.update.clip_high=0.0004"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--iterations", type=whole_number(1, 100_000), help="of each run (default: as configured)"
     )
     parser.add_argument("--seeds", default="0,1,2", help="separated by commas (default: 0,1,2)")
+    parser.add_argument(
+        "--switches", action="store_true", help="compare what goes beyond the recipe, not its parts"
+    )
     parser.add_argument("--only", metavar="VARIANTS", help="make the runs of these alone, by commas")
     parser.add_argument("--keep", type=Path, help="copy what is small of every run to this new folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of every run")
@@ -57,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.start is None:
                 raise ConfigError("nothing to start from", "give --start, a bundle")
             common = common_overrides(args.start, args.iterations, args.overrides)
-            listed = variants(load_config(args.config, common))
+            listed = (switches if args.switches else variants)(load_config(args.config, common))
             names = args.only.split(",") if args.only else list(listed)
             chosen = {require_choice("variant", name, list(listed)): listed[name] for name in names}
             _make_runs(args.config, common, chosen, _seeds(args.seeds), args.out)
@@ -83,9 +93,8 @@ def variants(config: TrainingConfig) -> dict[str, list[str]]:
     Raises:
         ConfigError: the configuration has no reinforcement learning.
     """
-    if config.grpo is None:
-        raise ConfigError("this configuration has no reinforcement learning", "add the part grpo")
-    sampling, update = config.grpo.sampling, config.grpo.update
+    grpo = _grpo(config)
+    sampling, update = grpo.sampling, grpo.update
     found: dict[str, list[str]] = {FULL: []}
     if sampling.dynamic:
         found["dynamic-sampling-off"] = ["grpo.sampling.dynamic=false"]
@@ -94,6 +103,40 @@ def variants(config: TrainingConfig) -> dict[str, list[str]]:
     other = 1.0 if sampling.temperature != 1.0 else 1.6
     found[f"temperature-{other}"] = [f"grpo.sampling.temperature={other}"]
     return found
+
+
+def switches(config: TrainingConfig) -> dict[str, list[str]]:
+    """Return {name: overrides} of the full recipe and of each switch that it leaves off.
+
+    Groups can only wait for a later update if more are sampled than one takes: ``surplus`` takes half as
+    many, and what waited was sampled by an older policy, so correction is compared with that.
+
+    Raises:
+        ConfigError: the configuration has no reinforcement learning.
+    """
+    grpo = _grpo(config)
+    sampling, update = grpo.sampling, grpo.update
+    found: dict[str, list[str]] = {FULL: []}
+    for loss in get_args(PolicyLoss):
+        if loss != update.policy_loss:
+            found[f"loss-{loss}"] = [f"grpo.update.policy_loss={loss}", *_CLIPS.get(loss, ())]
+    sampled = sampling.sampled_groups
+    surplus = [f"grpo.sampling.groups={max(sampled // 2, 1)}", f"grpo.sampling.round_groups={sampled}"]
+    found["surplus"] = surplus
+    for correction in ("token", "sequence"):
+        found[f"surplus-{correction}"] = [*surplus, f"grpo.update.rollout_correction={correction}"]
+    found["retry-unanimous"] = ["grpo.sampling.retry_unanimous=true"]
+    found["curriculum"] = ["grpo.sampling.curriculum=true"]
+    epochs = 1 if update.epochs > 1 else 4
+    found[f"epochs-{epochs}"] = [f"grpo.update.epochs={epochs}"]
+    found["randomised"] = [f"randomisation.{name}=true" for name in ("physics", "actuation", "latency")]
+    return found
+
+
+def _grpo(config: TrainingConfig) -> GrpoSettings:
+    if config.grpo is None:
+        raise ConfigError("this configuration has no reinforcement learning", "add the part grpo")
+    return config.grpo
 
 
 def common_overrides(start: Path, iterations: int | None, overrides: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.ablations import FULL, common_overrides, variants
+from benchmarks.ablations import FULL, common_overrides, switches, variants
 from benchmarks.ablations import main as ablations
 from sim_training import run_folder
 from sim_training.evaluation import BundleSource, EpisodeResult, Report, Share, save_report
@@ -222,6 +222,10 @@ def test_ablations_take_one_part_away_and_are_kept_as_a_table(
     for overrides in listed.values():
         changed = load_config(path, [*changes, *overrides])
         assert (changed != load_config(path, changes)) == bool(overrides)
+    beyond = switches(load_config(path, changes))
+    assert {"loss-gspo", "loss-cispo", "surplus-token", "epochs-4", "randomised"} <= beyond.keys()
+    different = {repr(load_config(path, [*changes, *overrides])) for overrides in beyond.values()}
+    assert len(different) == len(beyond)
     for name in (FULL, "clip-higher-off"):
         for seed in (0, 1):
             write_run(tmp_path / f"runs/{name}/seed-{seed}")
