@@ -29,7 +29,7 @@ NOISE_PX = 0.1  # of corners where no pictures are rendered; those of rendered o
 
 _KNOWN_M, _KNOWN_RAD = 0.01, 0.02  # how well a rig is known when its poses are planned
 _LOWEST_M = 0.05  # gripper above the arm's base plate
-_TEXELS = 40
+_TEXELS = 60
 _ROOM_M = (0.0, -0.35, 0.75)  # the arm's base in the room
 
 NoiseKind = Literal["uniform", "gaussian"]

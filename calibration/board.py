@@ -109,15 +109,37 @@ def board_picture(
 
     Args:
         board: what to draw.
-        pixels_per_square: side of a square in pixels; whole, so that every corner is exact.
-        margin_squares: width of the margin as a part of a square; rounded to whole pixels. The board's
-            frame then begins that many squares from the left and from the top of the picture.
+        pixels_per_square: least side of a square in pixels. It is up to a quarter more where markers are
+            only then whole pixels wide and in the middle of their squares: a marker off the middle is
+            nearer to one corner than to the others, and pulls those corners all in one direction.
+        margin_squares: width of the margin as a part of a square; rounded to whole pixels, which the
+            side is chosen for, too. The board's frame then begins that many squares from the left and
+            from the top of the picture.
     """
-    margin = round(margin_squares * pixels_per_square)
-    width, height = board.squares_x * pixels_per_square, board.squares_y * pixels_per_square
+    side = min(
+        range(pixels_per_square, pixels_per_square + pixels_per_square // 4 + 1),
+        key=lambda pixels: (
+            round(_off(pixels * margin_squares) / pixels + _marker_off(board, pixels), 6),
+            pixels,
+        ),
+    )
+    margin = round(margin_squares * side)
+    width, height = board.squares_x * side, board.squares_y * side
     pattern = opencv_board(board).generateImage((width, height), marginSize=0, borderBits=1)
     picture: NDArray[np.uint8] = np.pad(np.asarray(pattern, np.uint8), margin, constant_values=255)
     return picture
+
+
+def _off(pixels: float) -> float:
+    """Return how far from a whole number it is."""
+    return abs(pixels - round(pixels))
+
+
+def _marker_off(board: Board, side_px: int) -> float:
+    """Return how far a marker's edge is drawn from where it belongs, as a part of a square of that side."""
+    exact = side_px * board.marker_m / board.square_m
+    drawn = round(exact)
+    return (_off(exact) + (side_px - drawn) % 2) / (2 * side_px)
 
 
 def plate_size_m(board: Board, margin_squares: float = 0.5) -> tuple[float, float]:
@@ -146,11 +168,11 @@ def print_board(board: Board, path: Path, *, paper: str = "a4", dpi: int = 600) 
             f"({page_mm[0]:.0f} x {page_mm[1]:.0f} mm)",
             "choose a larger paper, or fewer or smaller squares",
         )
-    square_px = round(1e3 * board.square_m * dpi / _MM_PER_INCH)
-    px_per_mm = square_px / (1e3 * board.square_m)  # nearly dpi; exact, so that squares are whole pixels
+    least_px = round(1e3 * board.square_m * dpi / _MM_PER_INCH)
+    pattern = board_picture(board, pixels_per_square=least_px, margin_squares=0)
+    px_per_mm = pattern.shape[1] / (1e3 * board.size_m[0])  # dpi or more, so that squares are whole pixels
     width, height = (round(side * px_per_mm) for side in page_mm)
     page = Image.new("L", (width, height), 255)
-    pattern = board_picture(board, pixels_per_square=square_px, margin_squares=0)
     top = max((height - pattern.shape[0]) // 2 - round(4 * px_per_mm), round(_LEAST_EDGE_MM * px_per_mm))
     left = (width - pattern.shape[1]) // 2
     page.paste(Image.fromarray(pattern), (left, top))

@@ -21,7 +21,7 @@ from simplevla.errors import UnavailableError
 from simplevla.files import write_atomic
 from simplevla.session_record import to_matrix, to_pose
 
-_PIXELS_PER_SQUARE = 40  # about as many as a camera has on them: more would only alias
+_PIXELS_PER_SQUARE = 60  # more than a camera has on them, and markers and margins are whole
 _MARGIN_SQUARES = 0.25
 
 

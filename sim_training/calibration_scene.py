@@ -179,6 +179,7 @@ def _panel(picture: Picture, size_m: tuple[float, float]) -> list[Any]:
     paper.base_color_texture = sapien.render.RenderTexture2D(
         np.ascontiguousarray(np.concatenate([colour, alpha], axis=2)),
         "R8G8B8A8Unorm",
+        mipmap_levels=max(1, int(np.log2(min(colour.shape[:2])))),  # or a board far away aliases
         filter_mode="linear",
         srgb=True,
     )

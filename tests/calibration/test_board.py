@@ -96,6 +96,23 @@ def test_a_picture_without_a_board_is_named():
         BoardDetector(DEFAULT_BOARD).detect(np.full((200, 300, 3), 128, np.uint8))
 
 
+@pytest.mark.parametrize("pixels", [30, 40, 41, 64, 300, 709])
+def test_markers_are_in_the_middle_of_their_squares(pixels):
+    """Otherwise all corners lean to one side, which no average over them takes away."""
+    picture = board_picture(DEFAULT_BOARD, pixels_per_square=pixels, margin_squares=0)
+    side = picture.shape[1] // DEFAULT_BOARD.squares_x
+    assert pixels <= side <= 1.25 * pixels
+    black = np.argwhere(picture[:side, side : 2 * side] == 0)
+    assert black.min(0).tolist() == (side - 1 - black.max(0)).tolist()
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.25, 0.5])
+def test_a_margin_is_as_wide_as_asked(margin):
+    picture = board_picture(DEFAULT_BOARD, pixels_per_square=50, margin_squares=margin)
+    height, width = picture.shape
+    assert width / height == pytest.approx((6 + 2 * margin) / (5 + 2 * margin), rel=1e-9)
+
+
 def test_the_plate_is_the_board_with_its_margin():
     pixel = DEFAULT_BOARD.square_m / 60
     assert plate_size_m(DEFAULT_BOARD) == pytest.approx(
