@@ -2,9 +2,9 @@
 
 Random rigs, 15 poses each, planned as `simplevla calibrate` plans them; the board is photographed by
 SAPIEN with a distorting lens, blur, varying exposure and sensor noise, and the joints are read off by
-0.1 deg. All methods get the same corners, the same intrinsics (the true ones) and the same readings. The
-Cramer-Rao bound beside them is what no unbiased estimator can go below in these poses, on average, with
-Gaussian noise of this size in joints and corners.
+0.1 deg, several times anew for each rig. All methods get the same corners, the same intrinsics (the true
+ones) and the same readings. The Cramer-Rao bound beside them is what no unbiased estimator can go below
+in these poses, on average, with Gaussian noise of this size in joints and corners.
 
     python -m benchmarks.calibration                      # 50 rigs, 750 pictures
     python -m benchmarks.calibration --rigs 5             # a short look
@@ -51,14 +51,17 @@ _DRAWS = 400
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What one rig gave.
+    """What one rig gave with one reading of its joints.
 
     Attributes:
         errors: {kind of joint noise: {method: (6,) error of the camera's pose, not a number if it failed}}.
-        distances: {kind: our error in units of the covariance that we state, squared}.
+        distances: {kind: our error in units of the covariance that we state, squared; not a number if
+            we refused to state any}.
         bounds: {kind: (6, 6) the Cramer-Rao bound of the covariance}.
         with_outliers: {kind: {method: (6,) error with a fifth of the views wrong}}.
-        named: whether degenerate motion was named; cured: whether the proposed poses cured it.
+        named: whether degenerate motion was named; cured: whether the proposed poses cured it; of a
+            rig's first reading, else neither is.
+        first: whether it is that.
     """
 
     errors: dict[str, dict[str, Array]]
@@ -67,6 +70,7 @@ class Outcome:
     with_outliers: dict[str, dict[str, Array]]
     named: bool
     cured: bool
+    first: bool
     pixel_errors: Array
 
 
@@ -76,6 +80,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rigs", type=whole_number(2, 10_000), default=50, help="(default: 50)")
+    parser.add_argument(
+        "--readings", type=whole_number(1, 100), default=4, help="of the joints of each rig (default: 4)"
+    )
     parser.add_argument("--poses", type=whole_number(8, 200), default=15, help="of each (default: 15)")
     parser.add_argument("--setup", choices=get_args(Setup), default="eye-to-hand")
     parser.add_argument("--seed", type=whole_number(0, 2**31), default=0, help="(default: 0)")
@@ -106,7 +113,7 @@ def main() -> int:
             cache=args.cache,
             planned=not args.random_poses,
         )
-        outcomes = measure(_counted(drawn, args.rigs), seed=args.seed)
+        outcomes = measure(_counted(drawn, args.rigs), seed=args.seed, readings=args.readings)
     except SimplevlaError as error:
         print(f"calibration: {error}", file=sys.stderr)
         return 2
@@ -114,7 +121,10 @@ def main() -> int:
         f"true corners with {NOISE_PX:g} px of noise" if args.synthetic else "pictures rendered by SAPIEN"
     )
     how = "random" if args.random_poses else "planned"
-    print(f"{args.setup}, {args.rigs} rigs x {args.poses} {how} poses, {seen}, 640x480, seed {args.seed}")
+    print(
+        f"{args.setup}, {args.rigs} rigs x {args.poses} {how} poses, each read {args.readings} times, "
+        f"{seen}, 640x480, seed {args.seed}"
+    )
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print(report(outcomes))
     if args.plot is not None:
@@ -125,13 +135,18 @@ def main() -> int:
 
 
 def measure(
-    drawn: Iterable[Rig], *, seed: int, kinds: Sequence[NoiseKind] = get_args(NoiseKind)
+    drawn: Iterable[Rig],
+    *,
+    seed: int,
+    kinds: Sequence[NoiseKind] = get_args(NoiseKind),
+    readings: int = 1,
 ) -> list[Outcome]:
-    """Return what each rig gives with each of ``kinds`` of joint noise."""
+    """Return what each rig gives with each of ``kinds`` of joint noise, one outcome a reading."""
     _, chain = the_arm()
     return [
-        _outcome(rig, chain, np.random.default_rng([seed, index, 1]), kinds)
+        _outcome(rig, chain, np.random.default_rng([seed, index, 1 + reading]), kinds, first=not reading)
         for index, rig in enumerate(drawn)
+        for reading in range(readings)
     ]
 
 
@@ -150,7 +165,9 @@ def report(outcomes: list[Outcome]) -> str:
         wrong = _lengths([o.with_outliers[kind][OURS] for o in outcomes])[0]
         best = min(JUDGED, key=lambda name: _median([o.errors[kind][name] for o in outcomes]))
         theirs = _median([o.with_outliers[kind][best] for o in outcomes])
-        inside = np.mean([o.distances[kind] < _CHI2_95 for o in outcomes])
+        stated = np.array([o.distances[kind] for o in outcomes])
+        stated = stated[np.isfinite(stated)]
+        inside = int((stated < _CHI2_95).sum())
         middle, spoilt = float(np.nanmedian(ours)), float(np.nanmedian(wrong))
         ratio = _median([o.errors[kind][best] for o in outcomes]) / middle
         bounds = np.array([o.bounds[kind] for o in outcomes])
@@ -169,13 +186,15 @@ def report(outcomes: list[Outcome]) -> str:
             f"an estimator at the bound would have a median of {at_bound:.3f} mm, of which {best} has "
             f"{theirs_now / at_bound:.2f}x",
             f"best of OpenCV's five and a plain Tsai: {best}, {ratio:.2f}x our translation error",
-            f"true errors inside our 95 % ellipsoid: {inside:.0%}",
+            f"true errors inside our 95 % ellipsoid: {inside} of {len(stated)} "
+            f"({inside / len(stated):.1%}); mean squared distance {stated.mean():.2f} (6 is honest)",
             f"with a fifth of the views wrong: ours {middle:.3f} -> {spoilt:.3f} mm "
             f"({spoilt / middle - 1:+.0%}), {best} -> {theirs:.1f} mm",
         ]
     named, cured = sum(o.named for o in outcomes), sum(o.cured for o in outcomes)
     lines.append(
-        f"\nturned about one axis alone (true corners with noise): named in {named} of {len(outcomes)}, "
+        f"\nturned about one axis alone (true corners with noise): named in {named} of "
+        f"{sum(o.first for o in outcomes)}, "
         f"cured by the proposed poses in {cured}"
     )
     return "\n".join(lines)
@@ -202,22 +221,25 @@ def plot(outcomes: list[Outcome], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _outcome(rig: Rig, chain: Chain, rng: np.random.Generator, kinds: Sequence[NoiseKind]) -> Outcome:
+def _outcome(
+    rig: Rig, chain: Chain, rng: np.random.Generator, kinds: Sequence[NoiseKind], *, first: bool
+) -> Outcome:
     errors, distances, bounds, with_outliers = {}, {}, {}, {}
     for kind in kinds:
         joints = rig.readings(kind, rng)
         errors[kind], found = _all(rig, joints, chain)
         error = errors[kind][OURS]
         distances[kind] = (
-            float("inf") if found is None else float(error @ np.linalg.solve(found.covariance, error))
+            float("nan") if found is None else float(error @ np.linalg.solve(found.covariance, error))
         )
         bounds[kind] = _bound(rig, chain, kind)
         wrong = joints.copy()
         bad = rng.choice(len(joints), round(_OUTLIER_SHARE * len(joints)), replace=False)
         wrong[bad] += rng.normal(0, 0.3, wrong[bad].shape)
         with_outliers[kind], _ = _all(rig, wrong, chain)
-    named, cured = _degenerate(rig, chain, rng)
-    return Outcome(errors, distances, bounds, with_outliers, named, cured, rig.corner_errors_px(chain))
+    named, cured = _degenerate(rig, chain, rng) if first else (False, False)
+    pixel_errors = rig.corner_errors_px(chain)
+    return Outcome(errors, distances, bounds, with_outliers, named, cured, first, pixel_errors)
 
 
 def _drawn(covariance: Array) -> Array:

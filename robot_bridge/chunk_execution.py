@@ -19,9 +19,10 @@ from numpy.typing import ArrayLike, NDArray
 from robot_bridge.smooth_path import Motion, SmoothPath, Vector
 from simplevla.errors import ChunkError
 
+TOO_NEAR = 0.5  # of the time between two targets: a target due sooner is not made for
+
 _MAX_ACTIONS = 4096
 _INSTANT_S = 1e-6
-_TOO_NEAR = 0.5  # of the time between two targets
 _KEPT = 4  # trajectories whose progress is told
 
 
@@ -193,11 +194,12 @@ class ChunkPlayer:
         times, targets = trajectory.times()[skipped:], trajectory.targets[skipped:]
         if trajectory.start_s < now_s:
             # Late: a target that is due at once is reached by nothing but a jerk; make for the one after.
-            near = int(np.searchsorted(times, now_s + _TOO_NEAR * trajectory.dt_s))
+            near = int(np.searchsorted(times, now_s + TOO_NEAR * trajectory.dt_s))
             near = min(near, len(times) - 1)
             times, targets = times[near:], targets[near:]
         motion = self._path.motion(now_s)
-        kept_times, kept = self._path.between(now_s, begins - _INSTANT_S)
+        # A target due now, but for rounding, would make a piece too short to hold the motion.
+        kept_times, kept = self._path.between(now_s + _INSTANT_S, begins - _INSTANT_S)
         knots = [(np.array([now_s]), motion.position[None]), (kept_times, kept)]
         if begins > now_s + _INSTANT_S:
             knots.append((np.array([begins]), self._path.position(begins)[None]))

@@ -14,7 +14,9 @@ ensembling       ask while moving; each action is the mean of all answers for it
 real-time        ask while moving, as late as recent delays allow; all that the arms have is committed
                  and sent along, the answer continues from it and is spliced in behind its last
                  action (real-time chunking: Black et al. 2025). ``horizon`` bounds what is taken
-                 of one answer
+                 of one answer. The arms get each target as the mean of it, twice, and of those
+                 before and after it: what is about to follow is known, so corners are rounded off,
+                 those between chunks as those within, and nothing lags behind
 ===============  ================================================================================
 
 An answer that comes late finds the arms holding at the end of what they had. It goes on from exactly
@@ -31,6 +33,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from robot_bridge.chunk_execution import TOO_NEAR
 from simplevla.errors import ChunkError, ConfigError
 
 Array = NDArray[np.float32]
@@ -128,13 +131,17 @@ class HandOver:
 
     Attributes:
         first: index in the episode of the first of them.
+        splice: index of the first that follows from a new answer; those before it the arms had, and get
+            anew, rounded off towards what follows.
         targets: (k, D) float32, rad and m.
-        start_ns: when to set out for the first one, ns; the next follow ``dt_s`` apart.
+        start_ns: when to set out for the first one, ns, maybe a moment ago; the next follow ``dt_s``
+            apart.
         held: the arms came to hold before it; false for the first of an episode and where the mode has
             them hold anyway.
     """
 
     first: int
+    splice: int
     targets: Array
     start_ns: int
     dt_s: float
@@ -168,6 +175,19 @@ class _Answer:
     def at(self, index: int) -> Array:
         action: Array = self.actions[index - self.first]
         return action
+
+
+def _again(newest: HandOver, splice: int, dt_s: float, earliest_ns: int) -> tuple[int, int]:
+    """Return the first index up to ``splice`` for which the arms can get another target, and its start, ns.
+
+    It stays due when it was, and that is far enough ahead for the path to bend.
+    """
+    for first in range(newest.first + 1, splice):
+        due_ns = newest.reached_ns(first + 1)
+        start_ns = due_ns - round(dt_s * _NS)
+        if start_ns > newest.start_ns and due_ns >= earliest_ns + round(TOO_NEAR * dt_s * _NS):
+            return first, start_ns
+    return splice, newest.reached_ns(splice)
 
 
 class ChunkPlan:
@@ -275,13 +295,9 @@ class ChunkPlan:
         targets = self._targets(answer, splice)[: self._limit - splice]
         if not len(targets):
             raise ChunkError("stale: everything in it has been executed", "look again")
-        earliest_ns = now_ns + round(self.execution.lead_s * _NS)
-        newest = self.newest
-        start_ns = earliest_ns if newest is None else max(earliest_ns, newest.reached_ns(splice))
-        held = newest is not None and self.execution.mode.moves_while_asking and start_ns == earliest_ns
         self._known[splice:] = list(targets)
         self.planned = splice + len(targets)
-        self.newest = HandOver(splice, targets, start_ns, self._pace_s(dt_s), held)
+        self.newest = self._hand_over(splice, self._pace_s(dt_s), now_ns)
         self._handed = [*self._handed, self.newest][-_KEPT_HANDED:]
         return self.newest
 
@@ -300,6 +316,26 @@ class ChunkPlan:
         self._answers.clear()
         self._handed.clear()
         self._look_ns = max(self._look_ns, now_ns)
+
+    def _hand_over(self, splice: int, dt_s: float, now_ns: int) -> HandOver:
+        """Return what is known from index ``splice`` on, and before it what can still be rounded off."""
+        newest, smooth = self.newest, self.execution.mode is ExecutionMode.REAL_TIME
+        earliest_ns = now_ns + round(self.execution.lead_s * _NS)
+        first, start_ns = splice, earliest_ns
+        if newest is not None:
+            start_ns = max(earliest_ns, newest.reached_ns(splice))
+        held = newest is not None and self.execution.mode.moves_while_asking and start_ns == earliest_ns
+        if smooth and newest is not None and not held:
+            first, start_ns = _again(newest, splice, dt_s, earliest_ns)
+        targets = self._rounded_off(first) if smooth else np.array(self._known[splice:])
+        return HandOver(first, splice, targets, start_ns, dt_s, held)
+
+    def _rounded_off(self, first: int) -> Array:
+        """Return (k, D) the targets from ``first`` on; the last of those known stays what it is."""
+        known = np.array(self._known)
+        between = known.copy()
+        between[1:-1] = (known[:-2] + 2 * known[1:-1] + known[2:]) / 4
+        return between[first:]
 
     def _pace_s(self, dt_s: float) -> float:
         """Return the time between two targets: ``dt_s``, or more where chunks are too short for the delay.

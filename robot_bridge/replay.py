@@ -102,9 +102,10 @@ class SimulatedArms:
             Trajectory(start_s, chunk.dt_s, chunk.targets.astype(np.float64), chunk.start_ns), self.now_s
         )
         if self._last is not None:
-            if self._last.ends_ns < chunk.start_ns:
+            seam_ns = chunk.reached_ns(chunk.splice)
+            if self._last.ends_ns < seam_ns:
                 self.seams_s.append(self._last.ends_ns / _NS)
-            self.seams_s.append(start_s)
+            self.seams_s.append(seam_ns / _NS)
         self.held += chunk.held
         self._handed[chunk.start_ns] = self._last = chunk
 

@@ -52,6 +52,10 @@ def test_steady_targets_are_passed_at_a_steady_speed():
 @example(
     [(0, [[0.0, 1.0]], 1), (-30, [[0.0, 0.0]] * 3, 10)]
 )  # the last target is due now, but for rounding
+@example(
+    [(0, [[0.0, 0.0]], 1)] * 3
+    + [(16, [[0.0, 0.0]] * 3 + [[0.0, 1.0], [0.0, 0.0]], 1), (1, [[0.0, 0.0]], 1)]
+)  # a target before the new ones is
 def test_neither_position_nor_velocity_nor_acceleration_jumps_where_chunks_meet(offered):
     player = ChunkPlayer(HOLD)
     for stamp, (lead, points, spacing) in enumerate(offered):

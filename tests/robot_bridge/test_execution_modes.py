@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from robot_bridge.execution_modes import ChunkPlan, DelayEstimate, Execution, ExecutionMode
 from simplevla.errors import ChunkError, ConfigError
@@ -62,8 +64,53 @@ def test_in_real_time_what_the_arms_have_is_committed_and_the_answer_goes_on_beh
     assert plan.look_ns() == pytest.approx(first.ends_ns - 0.2 * S, abs=0.01 * S)
     committed, hand = ask(plan, 3, plan.look_ns() / S + 0.1)
     assert committed[:, 0].tolist() == [3, 4]
-    assert hand.targets[:, 0].tolist() == [5, 6, 7]
-    assert (hand.first, hand.start_ns, hand.held) == (5, first.ends_ns, False)
+    # Action 4 is not under way yet and may still be rounded off towards what follows it.
+    assert hand.targets[:, 0].tolist() == [4, 5, 6, 7]
+    assert (hand.first, hand.splice, hand.held) == (4, 5, False)
+    assert hand.start_ns == pytest.approx(first.ends_ns - DT * S, abs=1)
+
+
+def test_in_real_time_corners_are_rounded_off_and_what_is_nearly_due_stays():
+    """Targets 0 to 4, then a jump by 8: the last target that can still change goes to meet it."""
+    plan = plan_of(ExecutionMode.REAL_TIME, delays=[0.1] * 20)
+    _, first = ask(plan, 0, 1.1)
+    end_s = first.ends_ns / S
+    _, hand = ask(plan, 3, end_s - 0.1, offset=8.0)
+    assert hand.targets[:, 0].tolist() == pytest.approx([6, 11, 14, 15])  # of 4 | 13, 14, 15
+    plan = plan_of(ExecutionMode.REAL_TIME, delays=[0.1] * 20)
+    ask(plan, 0, 1.1)
+    _, hand = ask(plan, 3, end_s - 0.05, offset=8.0)
+    assert hand.first == hand.splice == 5
+    assert hand.start_ns == first.ends_ns
+    assert hand.targets[:, 0].tolist() == pytest.approx([11, 14, 15])
+
+
+@pytest.mark.parametrize("mode", [mode for mode in ExecutionMode if mode is not ExecutionMode.REAL_TIME])
+def test_in_other_modes_targets_are_the_policys_own(mode):
+    chunk = np.array([[0.0], [1.0], [0.0], [1.0], [0.0]], np.float32)
+    plan = plan_of(mode, horizon=5 if mode is ExecutionMode.RECEDING else 0)
+    plan.commit(0)
+    assert plan.take(chunk, DT, capture_ns=S, now_ns=S).targets.tolist() == chunk.tolist()
+
+
+@given(st.lists(st.tuples(st.floats(0.0, 0.5), st.integers(-5, 5)), min_size=2, max_size=12))
+def test_in_real_time_stamps_rise_and_every_action_stays_due_in_order(steps):
+    """Whenever answers come: each hand-over is newer, and none takes back what was promised sooner."""
+    plan, now_s, executed = plan_of(ExecutionMode.REAL_TIME, delays=[0.1] * 20), 1.1, 0
+    hand = None
+    for wait_s, offset in steps:
+        before, plan_end = hand, plan.planned
+        executed = max(executed, plan.due(round(now_s * S)))
+        _, hand = ask(plan, executed, now_s, offset=float(offset))
+        assert hand.splice == plan_end
+        assert hand.first + len(hand.targets) == plan.planned
+        if before is not None:
+            assert hand.start_ns > before.start_ns
+            assert before.first < hand.first <= hand.splice
+            due_ns = hand.reached_ns(hand.first + 1)
+            assert hand.first == hand.splice or due_ns == before.reached_ns(hand.first + 1)
+            assert due_ns > now_s * S
+        now_s = max(now_s + wait_s, plan.look_ns() / S)
 
 
 def test_what_is_due_goes_on_from_one_chunk_to_the_next():
@@ -106,7 +153,7 @@ def test_an_answer_never_is_asked_for_that_would_be_committed_whole():
     ask(plan, 0, 1.1)
     committed, hand = ask(plan, 0, 1.2)  # the arms have said nothing yet, or begin just now
     assert (len(committed), plan.asked) == (K - 1, 1)
-    assert hand.targets[:, 0].tolist() == [5]
+    assert (hand.splice, plan.planned) == (5, 6)
 
 
 def test_chunks_too_short_for_the_delay_are_played_slower_but_not_beyond_half_the_pace():

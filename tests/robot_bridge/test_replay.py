@@ -42,18 +42,22 @@ def test_real_time_chunking_lowers_the_largest_step_and_does_not_stand_and_wait(
     assert real_time.duration_s < synchronous.duration_s
 
 
-def test_a_recorded_trial_is_played_again_in_every_mode():
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_recorded_trial_is_played_again_in_every_mode(seed):
     robot = load_embodiment("piper_dual")
     stream = read_stream(read_recording(STREAM, images=False))
     assert (len(stream.answers), stream.length, stream.dt_s) == (60, 61, pytest.approx(0.1))
     found = compare(
-        lambda: RecordedPolicy(stream, robot), robot, start=stream.start, actions=60, latency_s=(0.1, 0.3)
+        lambda: RecordedPolicy(stream, robot),
+        robot,
+        start=stream.start,
+        actions=60,
+        latency_s=(0.1, 0.3),
+        seed=seed,
     )
     synchronous, real_time = found[ExecutionMode.SYNCHRONOUS], found[ExecutionMode.REAL_TIME]
-    # With other latencies the largest step is up to 0.65 of synchronous: these answers disagree a lot.
-    assert real_time.wanted.max() <= 0.35 * synchronous.wanted.max()
-    assert np.median(real_time.wanted) <= np.median(synchronous.wanted) / 3
-    assert np.median(real_time.sent) <= 0.6 * np.median(synchronous.sent)
+    assert real_time.wanted.max() <= synchronous.wanted.max() / 3
+    assert np.median(real_time.sent) <= np.median(synchronous.sent) / 3
     assert all(seams.refused == 0 for seams in found.values())
     assert real_time.held == 0
 
