@@ -6,6 +6,7 @@ turn of the loop is kept for a while, so that delays can be read from it afterwa
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 import time
@@ -299,6 +300,9 @@ class Cell:
         switch_s = sys.getswitchinterval()
         sys.setswitchinterval(0.0005)  # the loop's turn must not wait 5 ms for another thread's
         self._resources.callback(sys.setswitchinterval, switch_s)
+        gc.collect()
+        gc.freeze()  # nor for a collection that walks through all libraries
+        self._resources.callback(gc.unfreeze)
         self._cameras = {
             camera.name: keep(camera_driver(self.rig, camera)) for camera in self.embodiment.cameras
         }

@@ -95,7 +95,9 @@ def read_delays(recorded: Swing) -> Delays:
     Raises:
         NoCommonMotionError: its signals do not show one motion.
     """
-    command = delay_between(recorded.sent_ns, recorded.sent, recorded.measured_ns, recorded.measured)
+    # A setpoint is held until the next is sent: on average it is half of that time old.
+    held_ns = recorded.sent_ns + np.median(np.diff(recorded.sent_ns)) / 2
+    command = delay_between(held_ns, recorded.sent, recorded.measured_ns, recorded.measured)
     along = principal(recorded.seen_px) if len(recorded.seen_px) else np.zeros(0)
     stamp = delay_between(recorded.measured_ns, recorded.measured, recorded.stamp_ns, along)
     waited_s = float(np.median(recorded.arrival_ns - recorded.stamp_ns)) / 1e9

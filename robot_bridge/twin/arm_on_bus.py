@@ -90,7 +90,7 @@ class ArmOnBus:
         spread = self.noise_rad + self._amount(FaultKind.NOISE)
         noise = np.append(self._rng.normal(0.0, spread, 6), 0.0) if spread else None
         self._say(self.emulator.feedback(tick_s, lag_s, noise), now_s)
-        while self._going and self._going[0][0] <= now_s:
+        while self._going and _is_turn_of(self._going[0][0], now_s):
             self.hub.send(self._going.popleft()[1])
         return targets
 
@@ -103,7 +103,7 @@ class ArmOnBus:
             due_s = now_s + self.delay_s + self._amount(FaultKind.CAN_DELAY) + self._jitter()
             self._coming.append((max(due_s, self._coming[-1][0] if self._coming else 0.0), frame))
         arrived = []
-        while self._coming and self._coming[0][0] <= now_s:
+        while self._coming and _is_turn_of(self._coming[0][0], now_s):
             arrived.append(self._coming.popleft()[1])
         return arrived
 
@@ -156,3 +156,8 @@ class ArmOnBus:
                 arm.press_stop()
             case _:
                 pass
+
+
+def _is_turn_of(due_s: float, now_s: float) -> bool:
+    """Return whether no later turn is nearer to ``due_s``: delays are then right on average."""
+    return due_s <= now_s + BUS_TICK_S / 2

@@ -14,17 +14,19 @@ from robot_bridge.twin.frames import FrameWriter, slot_name
 from sim_training.world import World
 from simplevla.embodiment import Camera
 
-_DRAW_S, _MIN_DRAW_S, _MAX_DRAW_S = 0.03, 0.01, 0.06
-_DELIVERIES_KEPT = 30
+_DRAW_S, _MIN_DRAW_S, _MAX_DRAW_S = 0.03, 0.01, 0.12  # from exposing a picture to asking for it
+_WAITED_S = 0.005  # beyond what handing out a picture takes that is done
+_LATER_S, _MOST_LATER_S, _SOONER_S = 0.004, 0.02, 0.001
+_KEPT = 30
 
 
 class EmulatedCamera:
     """Takes a picture at the camera's rate: exposes, lets it be drawn, then publishes it.
 
     The driver draws beside the caller, but handing a picture out waits for it and keeps the other
-    thread from running. So a picture is fetched when it should be done, and how long that takes is
-    learned: a little longer after a wait, a little shorter after none. A real camera's pictures are
-    30 to 50 ms old as well when they arrive.
+    thread, and with it the arms' buses, from running. So a picture is fetched when it should be done,
+    and how long that takes is learned: longer after a wait, a little shorter after none. A real
+    camera's pictures are 30 to 50 ms old as well when they arrive.
 
     Attributes:
         stamp_offset_ns: how much later than its exposure a picture is stamped.
@@ -37,7 +39,8 @@ class EmulatedCamera:
         self.delivery_s = 0.0
         self._camera = camera
         self._slot_name = slot_name(prefix, camera.name)
-        self._deliveries: deque[float] = deque(maxlen=_DELIVERIES_KEPT)
+        self._deliveries: deque[float] = deque(maxlen=_KEPT)
+        self._handed_out_s: deque[float] = deque(maxlen=_KEPT)
         self._period_s = 1 / camera.rate_hz
         self._world = world
         self._next_s = time.monotonic()
@@ -112,9 +115,16 @@ class EmulatedCamera:
         self._last = shown
         if self._slot is not None:
             self._slot.write(*shown)
-        waited = time.monotonic() - began_s > 0.008  # converting it takes some milliseconds anyway
-        self._draw_s = float(np.clip(self._draw_s + (2e-3 if waited else -1e-3), _MIN_DRAW_S, _MAX_DRAW_S))
+        self._learn(time.monotonic() - began_s)
         self._exposed = None
+
+    def _learn(self, took_s: float) -> None:
+        """Ask later or sooner for the next picture, by how long this one took to be handed out."""
+        self._handed_out_s.append(took_s)
+        waited_s = took_s - float(np.quantile(self._handed_out_s, 0.1))
+        waited = waited_s > _WAITED_S
+        change_s = min(waited_s + _LATER_S, _MOST_LATER_S) if waited else -_SOONER_S
+        self._draw_s = float(np.clip(self._draw_s + change_s, _MIN_DRAW_S, _MAX_DRAW_S))
 
     def _wanted_delivery_s(self) -> float:
         return self.delivery_s + self._amount(FaultKind.CAMERA_DELAY)

@@ -80,7 +80,7 @@ def fit_recording(path: Path, embodiment: Embodiment) -> dict[str, ArmFit]:
     found = {}
     for arm, part in embodiment.slices():
         joints = slice(part.start, part.stop - 1)
-        fit = fit_arm(recording.commanded, recording.measured, joints)
+        fit = fit_arm(recording.commanded, recording.measured, joints, 1 / embodiment.control_rate_hz)
         if fit is not None:
             found[arm.name] = fit
     if not found:
@@ -90,12 +90,15 @@ def fit_recording(path: Path, embodiment: Embodiment) -> dict[str, ArmFit]:
     return found
 
 
-def fit_arm(sent: JointSeries, measured: JointSeries, joints: slice) -> ArmFit | None:
-    """Return how the joints at ``joints`` follow, or None if too little moved to tell."""
+def fit_arm(sent: JointSeries, measured: JointSeries, joints: slice, held_s: float) -> ArmFit | None:
+    """Return how the joints at ``joints`` follow, or None if too little moved to tell.
+
+    Each setpoint was held for ``held_s``: on average it was half of that old.
+    """
     if len(sent.stamp_ns) < 2 or len(measured.stamp_ns) < 2:
         return None
     origin_ns = int(sent.stamp_ns[0])
-    at_s = (sent.stamp_ns - origin_ns) / 1e9
+    at_s = (sent.stamp_ns - origin_ns) / 1e9 + held_s / 2
     seen_s = (measured.stamp_ns - origin_ns) / 1e9
     grid = np.arange(0.0, at_s[-1], _GRID_S)
     judged = (seen_s > _SETTLE_S) & (seen_s < grid[-1] if len(grid) else False)

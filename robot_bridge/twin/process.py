@@ -9,6 +9,7 @@ real-time factor says by how much.
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import sys
@@ -62,7 +63,8 @@ logger = logging.getLogger(__name__)
 
 _MAX_BEHIND_S = 0.1  # further behind than this, time is lost instead of made up for
 _MAX_BATCH = 5  # physics steps between two looks at the clock and the judge
-_MAX_LAG_S = 0.008
+_MAX_LAG_S = 0.03  # that joints are carried on for by their velocity; a drawing takes about as long
+_KEPT_TARGETS = 64
 _SWITCH_S = 0.001
 
 
@@ -231,22 +233,28 @@ class Twin:
 
     def _keep_pace(self, closing: threading.Event) -> None:
         """Step physics to the wall clock, in between draw and answer."""
+        attended_s = 0.0
         while not closing.is_set():
             self._answer(closing)
             pace = self._pace  # a new one since a reset
             owed = pace.owed_steps(time.monotonic())
             if owed:
                 self._step(min(owed, _MAX_BATCH))
-            for camera in self._cameras:
-                camera.attend(time.monotonic())
+            # What a drawing held up is made up for before the next one.
+            if owed <= _MAX_BATCH or time.monotonic() > attended_s + _MAX_BEHIND_S:
+                attended_s = time.monotonic()
+                for camera in self._cameras:
+                    camera.attend(time.monotonic())
             if owed <= _MAX_BATCH:
                 time.sleep(max(0.0, pace.next_step_s() - time.monotonic()))
 
     def _step(self, count: int) -> None:
-        for _ in range(count):
-            self._world.set_targets(self._board.targets())
+        # A step that drawing has held up still does what it would have done in time.
+        for begins_s in self._pace.begins_s(count):
+            self._world.set_targets(self._board.targets_at(begins_s))
             self._world.step(1)
-            self._board.measured(self._world.positions(), self._world.velocities(), time.monotonic())
+            ends_s = begins_s + PHYSICS_DT_S
+            self._board.measured(self._world.positions(), self._world.velocities(), ends_s)
         self._pace.stepped(count, time.monotonic())
         if self._success_time_s is None and self._world.success():
             self._success_time_s = self._world.time_s
@@ -270,10 +278,14 @@ class Twin:
             if request.arms_home:
                 for arm, part in self._arms:
                     arm.emulator.place(home[part])
-                self._board.set_targets(home)
+                self._board.set_targets(home, time.monotonic())
         self._seed = request.seed
         self._success_time_s = None
         self._strategy_at_success = Strategy.NONE
+        # A collection that walks through the libraries and the scene keeps the buses waiting for 50 ms.
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
         self._pace = _Pace(time.monotonic())
 
     def _answer(self, closing: threading.Event) -> None:
@@ -372,7 +384,10 @@ class Twin:
         # On average a frame waits half a turn of the bus and half a physics step before it counts.
         waiting_s = (BUS_TICK_S + PHYSICS_DT_S) / 2
         following_s = FOLLOWING_DELAY_S / max(self._pace.recent_factor(time.monotonic()), 0.01)
-        delays_s = {f"{arm.name}_command": arm.delay_s + waiting_s + following_s for arm, _ in self._arms}
+        delays_s = {
+            f"{arm.name}_command": arm.delay_s + waiting_s + following_s + arm.feedback_delay_s
+            for arm, _ in self._arms
+        }
         for camera in self._cameras:
             delays_s[f"{camera.name}_stamp"] = camera.stamp_offset_ns / 1e9
             delays_s[f"{camera.name}_delivery"] = camera.measured_delivery_s()
@@ -424,15 +439,15 @@ class Twin:
         targets = self._board.targets()
         for arm, part in self._arms:
             targets[part] = arm.turn(tick_s, positions[part], velocities[part], lag_s)
-        self._board.set_targets(targets)
+        self._board.set_targets(targets, time.monotonic())
 
 
 class _Board:
-    """What the two threads tell each other: (D,) vectors, each replaced as a whole."""
+    """What the two threads tell each other: (D,) vectors, each replaced as a whole; times monotonic, s."""
 
     def __init__(self, home: NDArray[np.float64]) -> None:
         self._joints = (home.copy(), np.zeros_like(home), time.monotonic())
-        self._targets = home.copy()
+        self._targets = deque([(time.monotonic(), home.copy())], maxlen=_KEPT_TARGETS)
 
     def measured(
         self, positions: NDArray[np.float64], velocities: NDArray[np.float64], seen_s: float
@@ -446,10 +461,16 @@ class _Board:
         return self._joints[0]
 
     def targets(self) -> NDArray[np.float64]:
-        return self._targets.copy()
+        """Return (D,) the newest targets."""
+        return self._targets[-1][1].copy()
 
-    def set_targets(self, targets: NDArray[np.float64]) -> None:
-        self._targets = targets
+    def targets_at(self, t_s: float) -> NDArray[np.float64]:
+        """Return (D,) the targets that held at ``t_s``, or the oldest that are known."""
+        kept = list(self._targets)
+        return next((each for set_s, each in reversed(kept) if set_s <= t_s), kept[0][1]).copy()
+
+    def set_targets(self, targets: NDArray[np.float64], now_s: float) -> None:
+        self._targets.append((now_s, targets))
 
 
 @dataclass
@@ -468,6 +489,10 @@ class _Pace:
             self.lost_s += behind_s - _MAX_BEHIND_S
             behind_s = _MAX_BEHIND_S
         return int(behind_s / PHYSICS_DT_S)
+
+    def begins_s(self, count: int) -> list[float]:
+        """Return from when on each of the next ``count`` steps goes; it ends ``PHYSICS_DT_S`` later."""
+        return [self.next_step_s() + (i - 1) * PHYSICS_DT_S for i in range(count)]
 
     def next_step_s(self) -> float:
         """Return when the next step is due."""

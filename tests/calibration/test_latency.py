@@ -71,11 +71,13 @@ def test_the_principal_direction_is_that_of_the_motion():
 
 
 def recorded(command_s=0.04, stamp_s=0.02, wait_s=0.05):
-    stamps, px = seen(command_s + stamp_s)
-    late = np.interp(TIMES_NS - command_s * 1e9, TIMES_NS, TARGETS)
-    return Swing(
-        TIMES_NS, TARGETS, TIMES_NS, late, stamps, stamps + wait_s * 1e9, np.stack([px, px], axis=1)
-    )
+    """A joint that is where it was told to be ``command_s`` ago; a setpoint holds until the next."""
+    stamps, px = seen(command_s + DT_S / 2 + stamp_s)
+    measured_ns = TIMES_NS + DT_S / 2 * 1e9
+    held = np.searchsorted(TIMES_NS, measured_ns - command_s * 1e9, side="right") - 1
+    measured = TARGETS[np.maximum(held, 0)]
+    arrival = stamps + wait_s * 1e9
+    return Swing(TIMES_NS, TARGETS, measured_ns, measured, stamps, arrival, np.stack([px, px], axis=1))
 
 
 def test_a_recorded_swing_says_how_late_command_stamp_and_picture_are(tmp_path):
@@ -128,7 +130,7 @@ def test_the_twins_word_on_its_command_delay_is_what_a_swing_finds():
     targets = swing(home, 0, amplitude=0.12, period_s=1.6, cycles=5, dt_s=DT_S)
     tick_s, step_s = 0.005, 1 / 250
     position, velocity = home.copy(), np.zeros(7)
-    drive = home.copy()
+    drive = applied = home.copy()
     on_the_way, sent, measured, pictures = [], [], [], []
     next_bus, next_step, next_picture = 0.0013, 0.0021, 0.1
     for t in np.arange(0.0, 8.9, 0.001):
@@ -144,8 +146,9 @@ def test_the_twins_word_on_its_command_delay_is_what_a_swing_finds():
             measured.append((t, position[0] + velocity[0] * (t - (next_step - step_s))))
         if t >= next_step:
             next_step += step_s
-            # Implicitly, as PhysX integrates a drive.
-            pushed = velocity + step_s * FREQUENCY**2 * (drive - position)
+            # Implicitly, as PhysX integrates a drive, to what was wanted when the step began.
+            pushed = velocity + step_s * FREQUENCY**2 * (applied - position)
+            applied = drive
             velocity = pushed / (1 + 2 * FREQUENCY * step_s + (FREQUENCY * step_s) ** 2)
             position = position + velocity * step_s
         if t >= next_picture:
@@ -165,7 +168,7 @@ def test_the_twins_word_on_its_command_delay_is_what_a_swing_finds():
     )
     found = read_delays(one)
     said = cable_s + (tick_s + step_s) / 2 + FOLLOWING_DELAY_S
-    assert found.command.seconds == pytest.approx(said, abs=0.003)
+    assert found.command.seconds == pytest.approx(said, abs=0.001)
     assert found.stamp.seconds == pytest.approx(stamp_s, abs=0.003)
     assert found.delivery_s == pytest.approx(wait_s, abs=0.003)
 

@@ -14,7 +14,7 @@ from robot_bridge.drivers.choice import arm_driver, camera_driver
 from robot_bridge.limits import Limiter
 from robot_bridge.rig import Rig, load_rig, save_rig, with_free_ports
 from robot_bridge.twin.control import GetStatus, Reset, Shutdown, TwinControl, decode_request
-from robot_bridge.twin.process import Twin, _Pace
+from robot_bridge.twin.process import Twin, _Board, _Pace
 from sim_training.world import PHYSICS_DT_S
 from simplevla.cli import main
 from simplevla.errors import ConfigError, UnavailableError
@@ -238,6 +238,18 @@ def test_requests_are_told_apart() -> None:
     assert decode_request(b'{"type":"reset","seed":4}') == Reset(seed=4)
     assert decode_request(b'{"type":"get_status"}') == GetStatus()
     assert decode_request(b'{"type":"shutdown"}') == Shutdown()
+
+
+def test_a_step_that_is_made_late_does_what_was_wanted_when_it_was_due():
+    pace, board = _Pace(0.0), _Board(np.zeros(1))
+    for turn in range(1, 9):
+        board.set_targets(np.full(1, float(turn)), 0.005 * turn - 1e-6)
+    pace.stepped(3, 0.041)  # a drawing kept the rest of 40 ms up
+    begins_s = pace.begins_s(4)
+    assert begins_s == pytest.approx([0.012, 0.016, 0.020, 0.024])
+    assert [board.targets_at(t)[0] for t in begins_s] == [2.0, 3.0, 4.0, 4.0]
+    assert board.targets()[0] == 8.0
+    assert board.targets_at(-1.0)[0] == 0.0
 
 
 def test_a_pace_that_is_kept_is_one() -> None:

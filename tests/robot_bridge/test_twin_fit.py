@@ -38,7 +38,8 @@ def wanted_at(t: np.ndarray) -> np.ndarray:
 def follow_step_by_step(seconds: float) -> tuple[np.ndarray, np.ndarray]:
     """Return times and (N, 7) positions of joints that follow: small steps of the equation itself."""
     times = np.arange(0.0, seconds, MICRO_S)
-    late = wanted_at(np.maximum(times - DELAY_S, 0.0))
+    held = np.floor(np.maximum(times - DELAY_S, 0.0) * ROBOT.control_rate_hz + 1e-6) / ROBOT.control_rate_hz
+    late = wanted_at(held)  # each setpoint until the next
     x, v = late[0].copy(), np.zeros(7)
     out = late.copy()
     for i, u in enumerate(late):
@@ -131,6 +132,7 @@ def test_the_twins_joints_follow_as_they_are_told_to() -> None:
         JointSeries(names, stamps, wanted),
         JointSeries(names, stamps + round(PHYSICS_DT_S * 1e9), np.array(seen)),
         slice(0, 6),
+        PHYSICS_DT_S,
     )
     assert fit is not None
     assert fit.moved.tolist() == [True] + [False] * 5
