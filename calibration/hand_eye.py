@@ -26,6 +26,7 @@ from simplevla.kinematics import Chain
 
 LEAST_VIEWS = 6
 
+_ELLIPSOID = 0.95
 _LENS_STEPS, _LENS_DONE = 4, 0.05
 _AGREE_M, _AGREE_RAD = 0.02, float(np.deg2rad(3))  # poses and joints of one sample: nearer is one arm
 
@@ -52,7 +53,8 @@ class HandEye:
     """A calibration that passed every test of its data.
 
     A covariance is of a change (6,): translation, then rotation vector, both in the frame in which the
-    pose is given; m and rad.
+    pose is given; m and rad. How large the noise is was found from the same few views, so covariances are
+    wider than at known noise: their 95 % ellipsoid, taken by chi-squared, is the one of Hotelling's F.
 
     Attributes:
         camera_pose: (4, 4) camera in base (eye-to-hand) or in gripper (eye-in-hand), m.
@@ -256,18 +258,19 @@ def _result(
 ) -> HandEye:
     estimate, free = found.estimate, model.free()
     offset_std = np.zeros(len(estimate.offsets_rad))
-    offset_std[free] = np.sqrt(np.diag(estimate.covariance)[12:])
     held_out_px, held_out_m = _held_out(model, found, corners)
     kept = corners.of(np.flatnonzero(found.inliers))
     pixels = kept.errors_px(seen[found.inliers])
     names = tuple(view.name for view in views)
+    covariance = estimate.covariance * _widened(6 * len(kept.noise_px) - 12 - len(free))
+    offset_std[free] = np.sqrt(np.diag(covariance)[12:])
     return HandEye(
         setup=model.setup,
         camera=corners.camera,
         camera_pose=estimate.camera,
         board_pose=estimate.board @ inverse(_centre(board)),
-        covariance=estimate.covariance[:6, :6],
-        board_covariance=estimate.covariance[6:12, 6:12],
+        covariance=covariance[:6, :6],
+        board_covariance=covariance[6:12, 6:12],
         joint_offsets_rad=estimate.offsets_rad,
         joint_offset_std_rad=offset_std,
         names=names,
@@ -279,6 +282,13 @@ def _result(
         pixel_noise_px=float(np.sqrt(np.mean(kept.noise_px**2))),
         board_scale=scale,
     )
+
+
+def _widened(freedom: int) -> float:
+    """Return the factor on a covariance of six, of noise that was estimated with so much freedom."""
+    from scipy.stats import chi2, f
+
+    return float(6 * f.ppf(_ELLIPSOID, 6, max(freedom, 1)) / chi2.ppf(_ELLIPSOID, 6))
 
 
 def _held_out(model: Model, found: Agreement, corners: Corners) -> tuple[float, float]:
