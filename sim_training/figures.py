@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim_training.evaluation import Report, rate
-from sim_training.history import DRIVER_STEPS, Iteration
+from sim_training.history import DRIVER_STEPS, Iteration, sampled_rates
 from simplevla.errors import MissingExtraError
 from simplevla.intervals import Rate
 
@@ -30,7 +30,7 @@ def learning_curve(history: Sequence[Iteration], before: Report | None, after: R
     """Return success over iterations: sampled, greedy with intervals, and the two evaluations."""
     figure, ((panel,),) = panels(1, 1, 9.5, 3.8)
     steps = np.array([it.iteration for it in history])
-    sampled = np.array([it.sampled.rate.rate for it in history])
+    sampled = np.array(sampled_rates(history))
     panel.plot(steps, 100 * sampled, color=_SAMPLED, linewidth=1, alpha=0.6)
     panel.plot(
         steps,
@@ -66,10 +66,7 @@ def curves_of_runs(runs: Mapping[str, Sequence[Sequence[Iteration]]]) -> Figure:
         if not shortest:
             continue
         rates = np.array(
-            [
-                _running_mean(np.array([it.sampled.rate.rate for it in history[:shortest]]), _SMOOTH)
-                for history in histories
-            ]
+            [_running_mean(np.array(sampled_rates(history[:shortest])), _SMOOTH) for history in histories]
         )
         steps = np.arange(shortest)
         panel.plot(

@@ -7,6 +7,7 @@ the one that counts, and a line that was cut off counts for nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -68,6 +69,19 @@ class Iteration(msgspec.Struct, frozen=True, kw_only=True):
     horizon: int = 0
     regions: dict[str, Counted] = {}
     greedy: Counted | None = None
+
+
+def sampled_rates(history: Sequence[Iteration]) -> list[float]:
+    """Return the rate of success of each iteration's episodes.
+
+    An iteration whose groups had all waited since an earlier one sampled nothing and says nothing new:
+    it repeats the one before.
+    """
+    rates: list[float] = []
+    for iteration in history:
+        known = rates[-1] if rates else 0.0
+        rates.append(iteration.sampled.rate.rate if iteration.sampled.episodes else known)
+    return rates
 
 
 def append_iteration(folder: Path, iteration: Iteration) -> None:

@@ -141,7 +141,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
         "",
         f"Final: greedy success over the same {tried} initial states that no training used{before}. "
         "Mean: over seeds, with Student's 95 % interval of the mean; of a single seed the Wilson interval "
-        f"over its episodes. Sampled: mean of the last {_LATEST} iterations at the sampling temperature. "
+        f"over its episodes. Sampled: the last {_LATEST} iterations' episodes at the sampling temperature. "
         "Episodes and minutes: of reinforcement learning, a run.",
     ]
     return "\n".join(lines) + "\n"
@@ -156,7 +156,8 @@ def _row(variant: str, records: Sequence[RunRecord]) -> Row:
         finals=tuple(share.rate for share in finals),
         before=tuple(record.before.success.rate for record in finished if record.before is not None),
         sampled=tuple(
-            float(np.mean([iteration.sampled.rate.rate for iteration in history[-_LATEST:]]))
+            sum(i.sampled.successes for i in history[-_LATEST:])
+            / max(sum(i.sampled.episodes for i in history[-_LATEST:]), 1)
             for history in histories
         ),
         evaluation_episodes=max((share.trials for share in finals), default=0),

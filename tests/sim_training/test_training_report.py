@@ -16,7 +16,7 @@ from benchmarks.ablations import main as ablations
 from sim_training import run_folder
 from sim_training.evaluation import BundleSource, EpisodeResult, Report, Share, save_report
 from sim_training.generalisation import SPLITS, Generalisation, save_generalisation
-from sim_training.history import HISTORY, Counted, Iteration, append_iteration, read_history
+from sim_training.history import HISTORY, Counted, Iteration, append_iteration, read_history, sampled_rates
 from sim_training.progress import describe
 from sim_training.report import duration, make_report
 from sim_training.results import compare, keep, markdown_table, mean_interval
@@ -187,6 +187,18 @@ def test_the_history_survives_a_kill(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="line 7"):
         read_history(tmp_path)
     assert read_history(tmp_path / "absent") == []
+
+
+def test_an_iteration_of_groups_that_had_waited_says_nothing_new(tmp_path: Path) -> None:
+    nothing = Counted(episodes=0, successes=0)
+    history = [iteration(0, 8), iteration(1, 16), iteration(2, 0, sampled=nothing), iteration(3, 24)]
+    assert sampled_rates(history) == [0.25, 0.5, 0.5, 0.75]
+    assert sampled_rates([iteration(0, 0, sampled=nothing)]) == [0.0]
+    run = write_run(tmp_path / "run")
+    (run / run_folder.GRPO / HISTORY).unlink()
+    for each in history:
+        append_iteration(run / run_folder.GRPO, each)
+    assert compare({"waits": [run]})[0].sampled == (0.5,)  # 48 of 96
 
 
 def test_runs_are_compared_over_seeds(tmp_path: Path) -> None:
