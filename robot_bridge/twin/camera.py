@@ -16,7 +16,7 @@ from simplevla.embodiment import Camera
 
 _DRAW_S, _MIN_DRAW_S, _MAX_DRAW_S = 0.03, 0.01, 0.12  # from exposing a picture to asking for it
 _WAITED_S = 0.005  # beyond what handing out a picture takes that is done
-_LATER_S, _MOST_LATER_S, _SOONER_S = 0.004, 0.02, 0.001
+_LATER_S, _SOONER_S = 0.001, 0.001
 _KEPT = 30
 
 
@@ -122,8 +122,7 @@ class EmulatedCamera:
         """Ask later or sooner for the next picture, by how long this one took to be handed out."""
         self._handed_out_s.append(took_s)
         waited_s = took_s - float(np.quantile(self._handed_out_s, 0.1))
-        waited = waited_s > _WAITED_S
-        change_s = min(waited_s + _LATER_S, _MOST_LATER_S) if waited else -_SOONER_S
+        change_s = _LATER_S if waited_s > _WAITED_S else -_SOONER_S
         self._draw_s = float(np.clip(self._draw_s + change_s, _MIN_DRAW_S, _MAX_DRAW_S))
 
     def _wanted_delivery_s(self) -> float:

@@ -48,7 +48,7 @@ RIG = load_rig("twin_single")
 ROBOT = RIG.load_embodiment()
 CAMERA = ROBOT.camera("head")
 ZERO_RAD = 0.012
-WITHIN_S = 0.005
+WITHIN_S = 0.015  # less than any delay planted; a quiet machine's 5 ms are not to be had beside other tests
 DELIVERED_S = 0.13  # longer than drawing takes on a quiet machine of two cores
 LOST_S = 0.1  # how much later than it can know a twin may be that keeps none of real time
 
