@@ -246,6 +246,7 @@ class PolicyNode(ManagedNode):
         values = {
             "index": chunk.index,
             "first_action": hand.first,
+            "first_new_action": hand.splice,
             "actions": len(hand.targets),
             "asked": chunk.asked,
             "committed": chunk.committed,
