@@ -332,10 +332,11 @@ class ChunkPlan:
 
     def _rounded_off(self, first: int) -> Array:
         """Return (k, D) the targets from ``first`` on; the last of those known stays what it is."""
-        known = np.array(self._known)
-        between = known.copy()
-        between[1:-1] = (known[:-2] + 2 * known[1:-1] + known[2:]) / 4
-        return between[first:]
+        before = max(first - 1, 0)
+        known = np.array(self._known[before:])
+        rounded = known.copy()
+        rounded[1:-1] = (known[:-2] + 2 * known[1:-1] + known[2:]) / 4
+        return rounded[first - before :]
 
     def _pace_s(self, dt_s: float) -> float:
         """Return the time between two targets: ``dt_s``, or more where chunks are too short for the delay.
