@@ -153,7 +153,7 @@ def measure(
 def report(outcomes: list[Outcome]) -> str:
     """Return tables and the figures that are asked for."""
     lines: list[str] = []
-    pixels = np.concatenate([outcome.pixel_errors for outcome in outcomes])
+    pixels = np.concatenate([outcome.pixel_errors for outcome in outcomes if outcome.first])
     lines.append(
         f"corners found: mean off by ({pixels[:, 0].mean():+.3f}, {pixels[:, 1].mean():+.3f}) px, "
         f"deviation {pixels.std():.3f} px, {len(pixels)} corners"
